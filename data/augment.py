@@ -1,0 +1,97 @@
+"""Two seeded augmentations of a picture for training, one plain crop of it for evaluation."""
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms import InterpolationMode, v2
+
+
+def mix_seed(*numbers):
+    """One well-mixed seed from several whole numbers, the same on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def to_tensor(mean, std):
+    """PIL image -> float32 (3, H, W), normalised."""
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+
+
+def view_transform(image_size, mean, std, blur, solarise):
+    """One side of BYOL's asymmetric pair (Grill et al. 2020, appendix B; MoCo v3).
+
+    blur and solarise are probabilities: 1.0 and 0.0 for the first view, 0.1 and 0.2 for the
+    second. The blur's sigma is 0.1 to 2.0 px at 224 px, in proportion at other sizes.
+    """
+    ratio = image_size / 224
+    kernel = 2 * round(4 * ratio + 1) + 1  # odd, about two sigma of the widest blur to each side
+    return v2.Compose([
+        v2.RandomResizedCrop(image_size, scale=(0.08, 1.0)),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(kernel, (0.1 * ratio, 2.0 * ratio))], p=blur),
+        v2.RandomSolarize(128, p=solarise),
+        v2.RandomHorizontalFlip(),
+        *to_tensor(mean, std),
+    ])
+
+
+def plain_crop(image_size, interpolation=InterpolationMode.BILINEAR):
+    """The usual centre crop: the short side to 8/7 of the size, then the middle (256 and 224)."""
+    return [v2.Resize(round(image_size * 8 / 7), interpolation), v2.CenterCrop(image_size)]
+
+
+class TwoViews(Dataset):
+    """(view 1, view 2) of a data set's images, asked for by (epoch, index).
+
+    A sample's augmentation is a function of (seed, epoch, index) alone, so neither the order nor
+    the number of workers changes it.
+    """
+
+    def __init__(self, dataset, image_size, mean, std, seed):
+        self.dataset, self.seed = dataset, seed
+        self.view1 = view_transform(image_size, mean, std, blur=1.0, solarise=0.0)
+        self.view2 = view_transform(image_size, mean, std, blur=0.1, solarise=0.2)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, epoch_and_index):
+        epoch, index = epoch_and_index
+        image = self.dataset[index][0]
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+            return self.view1(image), self.view2(image)
+
+
+class EpochOrder(Sampler):
+    """(epoch, index) pairs in an order seeded by (seed, epoch); set .epoch before each epoch.
+
+    The epoch travels with the index, since workers that stay alive keep the data set they began
+    with.
+    """
+
+    def __init__(self, length, seed):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        for index in torch.randperm(self.length, generator=generator).tolist():
+            yield self.epoch, index
+
+
+class Plain(Dataset):
+    """(centre crop, class) of a data set's images, for evaluation."""
+
+    def __init__(self, dataset, image_size, mean, std):
+        self.dataset = dataset
+        self.transform = v2.Compose(plain_crop(image_size) + to_tensor(mean, std))
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return self.transform(image), label

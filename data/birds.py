@@ -1,0 +1,179 @@
+"""The embedded data set: small birds on cluttered grounds, drawn, not stored.
+
+A picture is a pure function of (seed, split, index). Five families differ in the large, by shape
+and hue; the eight species of a family only in small parts: a wing bar, an eye ring, a crown, any
+of them or none. Pose, scale, place, lighting and ground are nuisance. As the program draws the
+birds it knows their true pixels, so that a mask can be judged (`Birds.regions`).
+"""
+
+import colorsys
+import itertools
+import math
+import random
+from functools import lru_cache
+
+from PIL import Image, ImageDraw, ImageEnhance
+from torch.utils.data import Dataset
+
+CANVAS = 64  # pixels a side of a picture
+SHARP = 3  # drawn so many times larger, then reduced: smooth edges
+GROUND, BIRD, PART = 0, 1, 2  # values of the region map
+PARTS = ("wing bar", "eye ring", "crown")
+SPECIES = tuple(" + ".join(parts) or "plain" for n in range(len(PARTS) + 1)
+                for parts in itertools.combinations(PARTS, n))  # 8: any of the parts, or none
+
+# In units of about half a body's length, x forward and y up. body: half-axes; head: centre and
+# radius; neck: half its width; bill: length and half its width; tail: length, half its width, rise.
+FAMILIES = {
+    "finch": dict(hue=0.02, body=(1.0, 0.72), head=(0.78, 0.62, 0.46), neck=0.5,
+                  bill=(0.30, 0.16), tail=(0.75, 0.22, -0.05), legs=0.35),
+    "duck": dict(hue=0.30, body=(1.15, 0.50), head=(1.05, 0.72, 0.34), neck=0.26,
+                 bill=(0.48, 0.10), tail=(0.35, 0.24, 0.35), legs=0.0),
+    "heron": dict(hue=0.58, body=(0.95, 0.42), head=(1.05, 1.35, 0.25), neck=0.15,
+                  bill=(0.62, 0.07), tail=(0.35, 0.16, -0.25), legs=1.05),
+    "magpie": dict(hue=0.80, body=(0.85, 0.50), head=(0.72, 0.48, 0.36), neck=0.34,
+                   bill=(0.34, 0.10), tail=(1.55, 0.16, 0.15), legs=0.45),
+    "owl": dict(hue=0.12, body=(0.72, 0.92), head=(0.18, 0.98, 0.60), neck=0.58,
+                bill=(0.14, 0.16), tail=(0.40, 0.26, -0.75), legs=0.18),
+}
+CLASSES = tuple(f"{family}, {species}" for family in FAMILIES for species in SPECIES)
+
+
+def rgb(hue, saturation, value):
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, saturation, value))
+
+
+def ellipse(x, y, rx, ry, start=0.0, end=2 * math.pi, points=20):
+    """Points of an ellipse, or of the piece of it between two angles (closed by a chord)."""
+    angles = (start + (end - start) * i / points for i in range(points + 1))
+    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
+
+
+class Easel:
+    """A picture and its region map, drawn together under one pose."""
+
+    def __init__(self, size):
+        self.image = Image.new("RGB", (size, size))
+        self.regions = Image.new("L", (size, size), GROUND)
+        self.brushes = ImageDraw.Draw(self.image), ImageDraw.Draw(self.regions)
+        self.pose(size / 2, size / 2, 1.0, 0.0, False)
+
+    def pose(self, x, y, scale, tilt, mirrored):
+        self.x, self.y, self.scale, self.mirrored = x, y, scale, mirrored
+        self.cos, self.sin = math.cos(tilt), math.sin(tilt)
+
+    def place(self, point):
+        """Body coordinates to pixels."""
+        px, py = point
+        rx, ry = px * self.cos - py * self.sin, px * self.sin + py * self.cos
+        return self.x + (-rx if self.mirrored else rx) * self.scale, self.y - ry * self.scale
+
+    def paint(self, outline, colour, region):
+        outline = [self.place(point) for point in outline]
+        self.brushes[0].polygon(outline, fill=colour)
+        self.brushes[1].polygon(outline, fill=region)
+
+
+def draw_ground(easel, rng):
+    """Greyish sky over greyish land, then stones, leaves and twigs of every hue and size."""
+    size, pen = easel.image.width, easel.brushes[0]
+    horizon = rng.uniform(0.2, 0.9) * size
+    sky = rgb(rng.random(), rng.uniform(0, 0.15), rng.uniform(0.55, 0.8))
+    land = rgb(rng.random(), rng.uniform(0, 0.2), rng.uniform(0.35, 0.65))
+    pen.rectangle((0, 0, size, horizon), sky)
+    pen.rectangle((0, horizon, size, size), land)
+    for _ in range(rng.randint(40, 70)):
+        colour = rgb(rng.random(), rng.random(), rng.uniform(0.15, 1.0))
+        x, y, r = rng.uniform(0, size), rng.uniform(0, size), size * rng.uniform(0.03, 0.12)
+        turn = rng.uniform(0, math.pi)
+        if rng.random() < 0.4:
+            length = r * rng.uniform(2, 5)
+            dx, dy = length * math.cos(turn), length * math.sin(turn)
+            pen.line((x - dx, y - dy, x + dx, y + dy), colour, width=rng.randint(1, 2) * SHARP)
+        else:
+            corners = rng.randint(3, 7)
+            angles = (turn + 2 * math.pi * i / corners for i in range(corners))
+            pen.polygon([(x + r * rng.uniform(0.5, 1.3) * math.cos(angle),
+                          y + r * rng.uniform(0.5, 1.3) * math.sin(angle)) for angle in angles],
+                        colour)
+
+
+def draw_bird(easel, family, species, rng):
+    """One bird in the easel's pose. The places where species differ are PART on every bird."""
+    shape = FAMILIES[family]
+    hue = shape["hue"] + rng.gauss(0, 0.02)
+    saturation, value = rng.uniform(0.58, 0.68), rng.uniform(0.6, 0.7)
+    coat, wing = rgb(hue, saturation, value), rgb(hue, saturation, value * 0.62)
+    horn = rgb(0.1, 0.5, 0.35)
+    (bx, by), (hx, hy, hr) = shape["body"], shape["head"]
+    hx, hy = hx + rng.gauss(0, 0.04), hy + rng.gauss(0, 0.04)
+
+    for foot in (-0.12, 0.16):  # behind the body
+        if shape["legs"]:
+            step, low = foot + rng.gauss(0, 0.08), -by - shape["legs"]
+            easel.paint([(foot - 0.04, -by * 0.8), (foot + 0.04, -by * 0.8), (step + 0.04, low),
+                         (step + 0.16, low - 0.05), (step - 0.04, low - 0.05)], horn, BIRD)
+    length, width, rise = shape["tail"]
+    easel.paint([(-bx * 0.7, width), (-bx * 0.7, -width), (-bx - length, rise - width * 0.8),
+                 (-bx - length * 0.95, rise + width * 0.5)], wing, BIRD)
+    bill, thick = shape["bill"]
+    easel.paint([(hx, hy + thick), (hx + hr + bill, hy - 0.05), (hx, hy - thick)], horn, BIRD)
+    easel.paint(ellipse(0, 0, bx, by), coat, BIRD)
+    neck, root = shape["neck"], (bx * 0.62, by * 0.25)
+    easel.paint([(root[0] - neck, root[1]), (root[0] + neck * 0.6, root[1] - neck * 0.5),
+                 (hx + neck * 0.8, hy), (hx - neck * 0.8, hy)], coat, BIRD)
+    easel.paint(ellipse(hx, hy, hr, hr), coat, BIRD)
+    fold = rng.gauss(0, 0.08)
+    easel.paint(ellipse(-0.22 * bx, 0.08 + fold, bx * 0.62, by * 0.52), wing, BIRD)
+
+    # the parts: painted in their own colour on one species, in the coat's on the others
+    bar = rgb(0.14, 0.10, 1.0) if "wing bar" in species else wing
+    easel.paint([(-0.66 * bx, fold + 0.36 * by), (-0.22 * bx, fold + 0.50 * by),
+                 (0.22 * bx, fold - 0.24 * by), (-0.20 * bx, fold - 0.34 * by)], bar, PART)
+    crown = rgb(hue + 0.5, 0.9, 1.0) if "crown" in species else coat
+    easel.paint(ellipse(hx, hy, hr * 1.15, hr * 1.25, 0.02 * math.pi, 0.98 * math.pi), crown, PART)
+    ring = rgb(0.16, 0.85, 1.0) if "eye ring" in species else coat
+    ex, ey, er = hx + hr * 0.30, hy, 0.10 + 0.08 * hr
+    easel.paint(ellipse(ex, ey, er * 2.2, er * 2.2), ring, PART)
+    easel.paint(ellipse(ex, ey, er, er), (20, 20, 24), PART)
+
+
+@lru_cache(maxsize=None)
+def draw(seed, split, index):
+    """One picture -> (RGB image, region map), CANVAS pixels a side; class index % len(CLASSES)."""
+    rng = random.Random(f"{seed}/{split}/{index}")  # of a string: the same on every platform
+    family, species = CLASSES[index % len(CLASSES)].split(", ")
+    size = CANVAS * SHARP
+    easel = Easel(size)
+    draw_ground(easel, rng)
+    easel.pose(size * rng.uniform(0.2, 0.8), size * rng.uniform(0.25, 0.75),
+               size * rng.uniform(0.24, 0.36), rng.gauss(0, 0.4), rng.random() < 0.5)
+    draw_bird(easel, family, species, rng)
+    image = easel.image.reduce(SHARP)
+    for light in (ImageEnhance.Brightness, ImageEnhance.Contrast):
+        image = light(image).enhance(rng.uniform(0.75, 1.2))
+    return image, easel.regions.resize((CANVAS, CANVAS), Image.Resampling.NEAREST)
+
+
+class Birds(Dataset):
+    """(RGB image, class) pairs like torchvision's image folders, plus the true regions.
+
+    split "train" or "test"; seed gives another draw of the same classes. Pictures are drawn when
+    first asked for and kept (12 KB each).
+    """
+
+    classes = list(CLASSES)
+
+    def __init__(self, split, size, seed=0):
+        self.split, self.seed = split, seed
+        self.targets = [index % len(CLASSES) for index in range(size)]
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return draw(self.seed, self.split, index)[0], self.targets[index]
+
+    def regions(self, index):
+        """Region map of a picture: an "L" image of GROUND, BIRD and PART."""
+        return draw(self.seed, self.split, index)[1]

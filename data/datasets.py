@@ -1,0 +1,68 @@
+"""The data sets by name: the embedded birds, or any folder of pictures."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.birds import Birds
+
+TRAIN_BIRDS, TEST_BIRDS = 2000, 1000
+
+
+class Data(NamedTuple):
+    """Data sets of (RGB image, class). Where test is None, `note` says why nothing is evaluated."""
+
+    train: Dataset
+    test: Dataset | None
+    note: str = ""
+
+
+class FlatFolder(ImageFolder):
+    """Every picture below a folder, however deep, as one class: for training without labels."""
+
+    def find_classes(self, directory):
+        return [""], {"": 0}
+
+
+def folders_of_pictures(root):
+    """Whether each picture below root stands in a class folder of its own, directly below."""
+    folders = [entry for entry in root.iterdir() if entry.is_dir()]
+    loose = any(entry.suffix.lower() in IMG_EXTENSIONS for entry in root.iterdir())
+    return len(folders) > 1 and not loose
+
+
+def load_folder(root):
+    """A folder in torchvision's ImageFolder layout, or with fewer folders than that.
+
+    root/train/<class>/*.jpg with root/test/ or root/val/ alike: trained on and evaluated.
+    Without labels or without a split: trained on, and the note says what evaluation lacks.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"--data {root}: no such folder; give 'synthetic' or a folder with train/ "
+                         "and test/, see data/README.md")
+    train = root / "train" if (root / "train").is_dir() else root
+    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    try:
+        if test is None or train == root or not folders_of_pictures(train):
+            lacks = "a folder for each class" if test is not None else "a test/ or val/ folder"
+            return Data(FlatFolder(train), None, f"{root} lacks {lacks}: training without "
+                        "evaluation (data/README.md has the layout)")
+        data = Data(ImageFolder(train), ImageFolder(test))
+    except FileNotFoundError as error:  # torchvision's word for a folder without pictures
+        raise ValueError(f"--data {root}: {str(error).splitlines()[0]}") from None
+    if data.train.classes != data.test.classes:
+        odd = sorted(set(data.train.classes) ^ set(data.test.classes))
+        raise ValueError(f"--data {root}: train/ and {test.name}/ must have the same classes, "
+                         f"these stand in one of them only: {', '.join(odd[:5])}")
+    return data
+
+
+def load_data(name):
+    """`synthetic` or a folder -> Data."""
+    if name == "synthetic":
+        return Data(Birds("train", TRAIN_BIRDS), Birds("test", TEST_BIRDS))
+    return load_folder(name)

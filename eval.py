@@ -1,0 +1,291 @@
+"""Judge an encoder: linear probe, k-NN, retrieval, and a picture of where it looks.
+
+    python eval.py all runs/synthetic-lodisc-1
+    python eval.py masks runs/synthetic-lodisc-1 [my-picture.jpg ...]
+
+Features are the class token of the online encoder on a centre crop. Every figure goes to the
+table on screen and into eval.json beside the checkpoint. Nothing is ever chosen on the test set.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, v2
+
+from data.augment import Plain, plain_crop, to_tensor
+from data.birds import BIRD, PART, Birds
+from data.datasets import load_data
+from data.draw import mask_sheet
+from lodisc import IMPORTANCES, load_encoder, location_mask, require
+
+STRENGTHS = tuple(10.0**power for power in range(0, -6, -1))  # of the probe's L2 term, strong first
+
+
+# --- features -------------------------------------------------------------------------------
+
+
+class RawPixels(torch.nn.Module):
+    """The baseline that has learnt nothing: the picture itself, at 32 px at most, as a feature."""
+
+    def forward(self, images):
+        return F.adaptive_avg_pool2d(images, min(32, images.shape[-1])).flatten(1), []
+
+
+@torch.no_grad()
+def extract(encoder, dataset, crop, device="cpu", workers=0, batch_size=256):
+    """Features (n, D) and labels (n,) of a data set's (image, class) pairs, on the CPU.
+
+    crop: (image_size, mean, std), as the encoder wants its pictures.
+    """
+    loader = DataLoader(Plain(dataset, *crop), batch_size, num_workers=workers)
+    encoder = encoder.to(device).eval()
+    features, labels = zip(*((encoder(images.to(device))[0].float().cpu(), label)
+                             for images, label in loader))
+    return torch.cat(features), torch.cat(labels)
+
+
+# --- the three judgements, on features --------------------------------------------------------
+
+
+def fit_logistic(features, labels, classes, strength, start=None):
+    """Multinomial logistic regression, mean cross-entropy + strength / 2 * |W|^2, by L-BFGS.
+
+    features (n, D), labels (n,) -> weights (D + 1, classes), the last row the bias.
+    """
+    weights = torch.zeros(features.shape[1] + 1, classes) if start is None else start.clone()
+    weights.requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(features @ weights[:-1] + weights[-1], labels)
+        loss = loss + strength / 2 * weights[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weights.detach()
+
+
+def linear_probe(train, test, seed=0):
+    """Top-1 and top-5 accuracy of a linear classifier on frozen features.
+
+    train, test: (features (n, D), labels (n,)). Features are standardised by the training set's
+    figures; the L2 strength is chosen on a held-out tenth of train (a tenth of every class), then
+    the classifier is fitted again on all of it.
+    """
+    (features, labels), (test_features, test_labels) = train, test
+    mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
+    features, test_features = (features - mean) / std, (test_features - mean) / std
+    classes = int(labels.max()) + 1
+
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = shuffled[labels[shuffled].argsort(stable=True)]  # class by class
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out[shuffled[::10]] = True
+    best, weights = (-1.0, None), None
+    for strength in STRENGTHS:
+        weights = fit_logistic(features[~held_out], labels[~held_out], classes, strength, weights)
+        scores = features[held_out] @ weights[:-1] + weights[-1]
+        accuracy = (scores.argmax(1) == labels[held_out]).float().mean().item()
+        best = max(best, (accuracy, strength), key=lambda pair: pair[0])  # of equals the stronger
+    weights = fit_logistic(features, labels, classes, best[1])
+    ranked = (test_features @ weights[:-1] + weights[-1]).topk(min(5, classes), dim=1).indices
+    hits = ranked == test_labels[:, None]
+    return {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item(),
+            "strength": best[1]}
+
+
+def knn(train, test, k=20, temperature=0.07, block=1024):
+    """Top-1 accuracy of a weighted vote of the k nearest training images.
+
+    Cosine similarity s, weight exp(s / temperature); the protocol of Wu et al. 2018 and DINO.
+    """
+    bank, queries = F.normalize(train[0], dim=1), F.normalize(test[0], dim=1)
+    classes, right = int(train[1].max()) + 1, 0
+    for rows, labels in zip(queries.split(block), test[1].split(block)):
+        similarity, nearest = (rows @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(rows), classes)
+        votes.scatter_add_(1, train[1][nearest], (similarity / temperature).exp())
+        right += (votes.argmax(1) == labels).sum().item()
+    return {"top1": right / len(queries)}
+
+
+def retrieval(test, block=512):
+    """Each test image is a query against all others: rank-1, rank-5 and mAP, by cosine.
+
+    Rank-k: whether one of the k nearest is of the query's class. Average precision: the mean of
+    the precision at every image of its class. Queries without another image of their class are
+    left out and counted. Blocks of queries, so that no n x n matrix exists.
+    """
+    features, labels = F.normalize(test[0], dim=1), test[1]
+    n, found = len(labels), []
+    for start in range(0, n, block):
+        own = torch.arange(start, min(start + block, n))
+        similarity = features[own] @ features.T  # (block, n)
+        similarity[torch.arange(len(own)), own] = -torch.inf  # last, never its own answer
+        order = similarity.argsort(dim=1, descending=True, stable=True)[:, :-1]
+        hits = labels[order] == labels[own, None]  # (block, n - 1), nearest first
+        precision = hits.cumsum(1) / torch.arange(1, n)
+        relevant = hits.sum(1)
+        average = (precision * hits).sum(1) / relevant.clamp_min(1)
+        found.append(torch.stack([hits[:, 0], hits[:, :5].any(1), average, relevant > 0], dim=1))
+    found = torch.cat(found)
+    counted = found[found[:, 3] > 0]
+    rank1, rank5, mean_average = counted[:, :3].double().mean(0).tolist()
+    return {"rank1": rank1, "rank5": rank5, "mAP": mean_average, "queries": len(counted),
+            "left_out": n - len(counted)}
+
+
+def evaluate(encoder, data, crop, what="all", device="cpu", workers=0, seed=0):
+    """{"linear": {...}, "knn": {...}, "retrieval": {...}}, or only the one asked for."""
+    test = extract(encoder, data.test, crop, device, workers)
+    results = {}
+    if what in ("all", "linear", "knn"):
+        train = extract(encoder, data.train, crop, device, workers)
+    if what in ("all", "linear"):
+        results["linear"] = linear_probe(train, test, seed)
+    if what in ("all", "knn"):
+        results["knn"] = knn(train, test)
+    if what in ("all", "retrieval"):
+        results["retrieval"] = retrieval(test)
+    return results
+
+
+COLUMNS = {"linear top-1": ("linear", "top1"), "top-5": ("linear", "top5"),
+           "k-NN top-1": ("knn", "top1"), "rank-1": ("retrieval", "rank1"),
+           "rank-5": ("retrieval", "rank5"), "mAP": ("retrieval", "mAP")}
+
+
+def table(rows):
+    """{row name: results of evaluate()} as aligned text."""
+    columns = {name: place for name, place in COLUMNS.items()
+               if any(place[0] in results for results in rows.values())}
+    width = max(len(name) for name in rows)
+    lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
+    for name, results in rows.items():
+        cells = (results[part][figure] for part, figure in columns.values())
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>14.3f}" for cell in cells))
+    return "\n".join(lines)
+
+
+# --- where it looks ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def importance_of(encoder, images, importance):
+    """Importance (B, N) of normalised images (B, 3, H, W); importance: a name in IMPORTANCES."""
+    stored = "full" if importance == "rollout" else "row"
+    return IMPORTANCES[importance](encoder(images, attention=stored)[1]).cpu()
+
+
+def localisation(encoder, birds, importance="product", keep_ratio=0.3, images=1000):
+    """How well the kept patches find the bird, on plain test images whose pixels are known.
+
+    For the bird, and for the parts that decide its species: the mean share of a patch's pixels
+    that they cover, in the kept patches over that in all patches. 1 is chance, 1 / keep_ratio the
+    most that can be had.
+    """
+    size, side = encoder.image_size, encoder.image_size // encoder.patch_size
+    crop = v2.Compose(plain_crop(size, InterpolationMode.NEAREST))
+    loader = DataLoader(Plain(birds, size, encoder.mean, encoder.std), 256)
+    masks = torch.cat([location_mask(importance_of(encoder, batch, importance), keep_ratio)
+                       for batch, _ in loader])  # (n, N)
+    maps = np.stack([np.asarray(crop(birds.regions(i))) for i in range(len(birds))])
+    maps = torch.from_numpy(maps)  # (n, H, W)
+    ratios = {}
+    for name, region in (("bird", maps >= BIRD), ("parts", maps == PART)):
+        share = F.avg_pool2d(region[:, None].float(), encoder.patch_size).flatten(1)  # (n, N)
+        assert share.shape[1] == side * side
+        ratios[name] = (share[masks].mean() / share.mean()).item()
+    return ratios
+
+
+def write_masks(encoder, pictures, config, path):
+    """A PNG of three rows: the pictures, their importance as a heat map, the kept patches."""
+    crop = v2.Compose(plain_crop(encoder.image_size))
+    normalise = v2.Compose(to_tensor(encoder.mean, encoder.std))
+    pictures = [crop(picture) for picture in pictures]
+    images = torch.stack([normalise(picture) for picture in pictures])
+    importance = importance_of(encoder, images, config["importance"])
+    masks = location_mask(importance, config["keep_ratio"])
+    mask_sheet(pictures, importance, masks).save(path)
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["linear", "knn", "retrieval", "all", "masks"])
+    parser.add_argument("checkpoint", type=Path, help="a run's folder, or its checkpoint.pt")
+    parser.add_argument("images", nargs="*", type=Path,
+                        help="masks: picture files instead of 8 pictures of the test set")
+    parser.add_argument("--data", help="synthetic or a folder; default: what the run trained on")
+    parser.add_argument("--momentum", action="store_true",
+                        help="judge the momentum encoder; masks always show that one")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--workers", type=int, default=2, help="loading processes; default: 2")
+    parser.add_argument("--out", type=Path,
+                        help="masks: a new PNG; default: masks.png beside the checkpoint")
+    return parser.parse_args(argv)
+
+
+def merge_json(path, results):
+    """Add results to a JSON file; figures of other kinds that it holds already stay."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**known, **results}, indent=2) + "\n")
+
+
+def masks_command(args, folder, config):
+    """Where the momentum encoder looks, as training used it: a PNG, and figures for drawn birds."""
+    require(args.out is None or not args.out.exists(), f"{args.out} exists; give --out another name")
+    encoder = load_encoder(args.checkpoint, momentum=True)
+    out = args.out or folder / "masks.png"
+    if args.images:
+        pictures = [Image.open(path).convert("RGB") for path in args.images]
+    else:
+        test = load_data(args.data).test
+        require(test is not None, "this data has no test pictures; name picture files instead")
+        firsts = sorted({label: i for i, label in reversed(list(enumerate(test.targets)))}.values())
+        chosen = (firsts + [i for i in range(len(test)) if i not in firsts])[:8]
+        pictures = [test[i][0] for i in chosen]
+        if isinstance(test, Birds):
+            figures = localisation(encoder, test, config["importance"], config["keep_ratio"])
+            print("kept patches' share over that of all patches: "
+                  + ", ".join(f"{name} {ratio:.2f}" for name, ratio in figures.items()))
+            merge_json(folder / "eval.json", {"localisation": figures})
+    write_masks(encoder, pictures, config, out)
+    print(f"wrote {out}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    encoder = load_encoder(args.checkpoint, momentum=args.momentum)
+    config = json.loads((folder / "config.json").read_text())
+    args.data = args.data or config["data"]
+    if args.what == "masks":
+        return masks_command(args, folder, config)
+    data = load_data(args.data)
+    require(data.test is not None, data.note)
+    crop = (encoder.image_size, encoder.mean, encoder.std)
+    results = evaluate(encoder, data, crop, args.what, args.device, args.workers, config["seed"])
+    print(table({"trained": results}))
+    merge_json(folder / "eval.json", results)
+    print(f"merged into {folder / 'eval.json'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:  # for people: one line, no traceback
+        print(f"eval.py: {error}", file=sys.stderr)
+        sys.exit(2)

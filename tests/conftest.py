@@ -1,0 +1,32 @@
+"""Settings shared by all tests: two threads at most, hypothesis without deadlines."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+from PIL import Image
+
+settings.register_profile("here", deadline=None, max_examples=60)
+settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def flowers(tmp_path):
+    """A real ImageFolder in small: train/ and test/, three classes of differing hue, as JPEGs."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for label, colour in enumerate([(200, 40, 40), (40, 200, 40), (40, 40, 200)]):
+            folder = tmp_path / "flowers" / split / f"class {label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = torch.randint(0, 56, (30, 40, 3), generator=generator)
+                pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
+                Image.fromarray(pixels.numpy()).resize((60, 48)).save(folder / f"{i}.jpg")
+    return tmp_path / "flowers"

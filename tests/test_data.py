@@ -1,0 +1,165 @@
+"""The drawn birds, folders of pictures, seeded augmentation."""
+
+import hashlib
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from data.augment import EpochOrder, Plain, TwoViews, mix_seed, plain_crop
+from data import birds
+from data.birds import BIRD, CLASSES, FAMILIES, PART, SPECIES, Birds, draw
+from data.datasets import load_data
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def digest(image):
+    return hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
+
+
+def test_a_bird_is_a_function_of_seed_split_and_index():
+    image, regions = draw(0, "test", 7)
+    draw.cache_clear()
+    again, regions_again = draw(0, "test", 7)
+    assert digest(image) == digest(again) and digest(regions) == digest(regions_again)
+    others = {digest(draw(*key)[0]) for key in ((0, "test", 27), (1, "test", 7), (0, "train", 7))}
+    assert len(others | {digest(image)}) == 4
+
+
+def test_birds_are_balanced_and_no_test_picture_is_a_training_picture():
+    data = load_data("synthetic")
+    assert len(data.test) >= 1000
+    for split in (data.train, data.test):
+        counts = np.bincount(split.targets)
+        assert len(counts) == len(CLASSES) == len(split.classes) and counts.min() == counts.max()
+        image, label = split[3]
+        assert image.mode == "RGB" and label == split.targets[3] == 3
+    train = {digest(data.train[i][0]) for i in range(200)}
+    assert len(train) == 200 and not train & {digest(data.test[i][0]) for i in range(200)}
+
+
+@pytest.mark.parametrize("family", range(len(FAMILIES)))
+def test_species_differ_only_in_the_parts(monkeypatch, family):
+    """The same draw of all species of a family: other pixels lie in the parts, or at their edge."""
+    pictures = []
+    for species in range(len(SPECIES)):
+        label = family * len(SPECIES) + species
+        monkeypatch.setattr(birds, "CLASSES", CLASSES[label:label + 1])
+        pictures.append([np.asarray(x).astype(int) for x in draw.__wrapped__(0, "test", 5)])
+    plain, regions = pictures[0]
+    near = np.zeros(regions.shape, bool)
+    for dy in range(-1, 2):
+        for dx in range(-1, 2):
+            near |= np.roll(regions == PART, (dy, dx), (0, 1))
+    for image, its_regions in pictures[1:]:
+        differs = (np.abs(image - plain) > 25).any(-1)
+        assert 0.002 < differs.mean() < 0.2
+        assert (differs & ~near).sum() <= 0.05 * differs.sum()
+        assert np.array_equal(its_regions, regions)
+
+
+def test_regions_cover_a_sensible_share():
+    shares = np.array([[(np.asarray(draw(0, "test", i)[1]) >= BIRD).mean(),
+                        (np.asarray(draw(0, "test", i)[1]) == PART).mean()] for i in range(100)])
+    assert (shares[:, 0] > 0.04).all() and 0.1 < shares[:, 0].mean() < 0.4
+    assert 0 < shares[:, 1].mean() < 0.4 * shares[:, 0].mean()
+
+
+def test_views_depend_on_seed_epoch_and_index_alone():
+    pictures = Birds("train", 10)
+    views = TwoViews(pictures, 32, MEAN, STD, seed=3)
+    one = views[2, 5]
+    torch.rand(7)
+    state = torch.get_rng_state()
+    again = views[2, 5]
+    assert torch.equal(state, torch.get_rng_state())  # the caller's generator is left alone
+    assert all(torch.equal(a, b) for a, b in zip(one, again))
+    assert one[0].shape == one[1].shape == (3, 32, 32) and not torch.equal(*one)
+    for other in (views[3, 5], views[2, 6], TwoViews(pictures, 32, MEAN, STD, seed=4)[2, 5]):
+        assert not torch.equal(one[0], other[0])
+
+
+def test_augmentation_is_byols_asymmetric_pair():
+    views = TwoViews(Birds("train", 1), 224, MEAN, STD, seed=0)
+    for view, blur, solarise in ((views.view1, 1.0, 0.0), (views.view2, 0.1, 0.2)):
+        crop, jitter, grey, blurred, solarised, flip = view.transforms[:6]
+        assert tuple(crop.scale) == (0.08, 1.0) and tuple(crop.size) == (224, 224)
+        assert jitter.p == 0.8 and isinstance(jitter.transforms[0], v2.ColorJitter)
+        factors = jitter.transforms[0]
+        assert factors.brightness == factors.contrast == (0.6, 1.4)
+        assert factors.saturation == (0.8, 1.2) and factors.hue == (-0.1, 0.1)
+        assert grey.p == 0.2 and blurred.p == blur and solarised.p == solarise and flip.p == 0.5
+        assert tuple(blurred.transforms[0].sigma) == (0.1, 2.0)
+
+
+def test_order_is_seeded_by_seed_and_epoch():
+    order = EpochOrder(20, seed=1)
+    first = list(order)
+    assert first == list(order) and sorted(i for _, i in first) == list(range(20))
+    assert {epoch for epoch, _ in first} == {0} and [i for _, i in first] != list(range(20))
+    order.epoch = 1
+    assert {epoch for epoch, _ in order} == {1}
+    assert [i for _, i in order] != [i for _, i in first]
+    assert [i for _, i in EpochOrder(20, seed=2)] != [i for _, i in first]
+    assert len({mix_seed(s, e, i) for s in range(10) for e in range(10) for i in range(50)}) == 5000
+
+
+def test_plain_crop_takes_the_middle():
+    gradient = np.zeros((160, 240, 3), np.uint8)
+    gradient[..., 0], gradient[..., 1] = np.arange(240), np.arange(160)[:, None]
+    crop = np.asarray(v2.Compose(plain_crop(70))(Image.fromarray(gradient))).astype(float)
+    assert crop.shape == (70, 70, 3)
+    assert abs(crop[..., 0].mean() - 119.5) < 1 and abs(crop[..., 1].mean() - 79.5) < 1
+    assert crop[0, 0, 1] == pytest.approx(10, abs=1.5)  # 1/16 of 160 is cut off each side
+    tensor, label = Plain([(Image.new("RGB", (50, 50), (255, 0, 0)), 4)], 16, MEAN, STD)[0]
+    assert label == 4 and tensor.shape == (3, 16, 16)
+    expected = (torch.tensor([1.0, 0, 0]) - torch.tensor(MEAN)) / torch.tensor(STD)
+    assert torch.allclose(tensor.mean((1, 2)), expected, atol=1e-5)
+
+
+def test_a_folder_with_train_and_test(flowers):
+    data = load_data(str(flowers))
+    assert len(data.train) == 36 and len(data.test) == 12
+    assert data.train.classes == ["class 0", "class 1", "class 2"]
+    assert data.test[5][1] == 1
+
+
+def test_val_serves_as_test(flowers):
+    (flowers / "test").rename(flowers / "val")
+    assert len(load_data(str(flowers)).test) == 12
+
+
+@pytest.mark.parametrize("layout", ["no test", "no split", "no labels", "nested"])
+def test_folders_without_labels_or_splits_train_all_the_same(flowers, tmp_path, layout):
+    root = flowers
+    if layout == "no test":
+        shutil.rmtree(flowers / "test")
+    elif layout == "no split":
+        root = flowers / "train"
+    else:
+        for i, path in enumerate(sorted((flowers / "train").rglob("*.jpg"))):
+            target = flowers / "train" if layout == "no labels" else tmp_path / "deep" / "er"
+            target.mkdir(parents=True, exist_ok=True)
+            path.rename(target / f"{i}.jpg")
+        root = flowers if layout == "no labels" else tmp_path / "deep"
+        if layout == "no labels":
+            for folder in (flowers / "train").iterdir():
+                folder.is_dir() and folder.rmdir()
+    data = load_data(str(root))
+    assert len(data.train) == 36 and data.test is None and "without evaluation" in data.note
+    assert data.train[0][0].mode == "RGB"
+
+
+def test_folders_that_cannot_be_right(flowers, tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        load_data(str(tmp_path / "missing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="--data"):
+        load_data(str(tmp_path / "empty"))
+    (flowers / "test" / "class 2").rename(flowers / "test" / "class 9")
+    with pytest.raises(ValueError, match="class 2, class 9"):
+        load_data(str(flowers))

@@ -1,0 +1,329 @@
+"""Train LoDisc (or MoCo v3) and judge what was learnt.
+
+    python train.py                            the embedded birds, a few minutes on a CPU
+    python train.py --data DIR                 a folder of pictures, see data/README.md
+
+A run writes config.json, metrics.csv and checkpoint.pt into its folder; eval.py reads them.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave workers the cores
+
+import torch
+from torch.utils.data import DataLoader
+
+from data.augment import EpochOrder, TwoViews, mix_seed
+from data.datasets import load_data
+from eval import RawPixels, evaluate, localisation, merge_json, table
+from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS, METHODS, LoDisc, create_vit,
+                    momentum_schedule, require)
+
+# What stands where the command line leaves it open: for the birds, for a folder on a CPU (where
+# the epochs are those that show the encoder CPU_IMAGES pictures), for a folder on a GPU.
+RECIPES = {
+    "synthetic": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=16, warmup_epochs=1,
+                      lr=4e-3, momentum=0.9),
+    "cpu": dict(arch="vit_nano", image_size=64, patch_size=8, epochs=None, warmup_epochs=2,
+                lr=4e-3, momentum=0.9),
+    "gpu": dict(arch="vit_small", image_size=224, patch_size=16, epochs=100, warmup_epochs=10,
+                lr=1e-3, momentum=0.99),
+}
+CPU_IMAGES = 45_000
+NEW_RUN = "runs/<data>-<method>-<n>"
+COLUMNS = ("epoch", "step", "total", "global_loss", "local_loss", "lr", "momentum",
+           "images_per_second", "seconds")
+
+
+# --- settings ---------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    """(settings given on the command line, defaults of all settings)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     epilog="Recipes for a laptop and for the paper: README.md")
+    defaults = {}
+
+    def add(flag, default, text, authors=None, **options):
+        shown = "by data and device" if default is None else default
+        authors = f"; authors: {authors}" if authors else ""
+        parser.add_argument(flag, default=argparse.SUPPRESS,
+                            help=f"{text} (default: {shown}{authors})", **options)
+        defaults[flag[2:].replace("-", "_")] = default
+
+    add("--data", "synthetic", "synthetic (drawn birds), or a folder of pictures", type=data_name)
+    add("--method", "lodisc", "both losses, MoCo v3 alone or the local loss alone",
+        choices=METHODS)
+    add("--mask", "location", "which patches stay; all but the first are ablations",
+        choices=MASKS)
+    add("--importance", "product", "how the layers' attention becomes importance", "product",
+        choices=list(IMPORTANCES))
+    add("--local-input", "pixels", "other patches zeroed, or left out", "pixels",
+        choices=LOCAL_INPUTS)
+    add("--keep-ratio", 0.3, "share of patches that stay", "0.3", type=float)
+    add("--arch", None, "encoder", "vit_base", choices=list(ARCHITECTURES))
+    add("--image-size", None, "pixels a side", 224, type=int)
+    add("--patch-size", None, "pixels a side", 16, type=int)
+    add("--epochs", None, "passes over the pictures", 100, type=int)
+    add("--warmup-epochs", None, "of linearly rising learning rate", 0, type=int)
+    add("--batch-size", 128, "images a step", 32, type=int)
+    add("--lr", None, "learning rate per 256 images", "1e-3 in an older README", type=float)
+    add("--weight-decay", 0.1, "AdamW's; MoCo v3: 0.1", 0.5, type=float)
+    add("--temperature", 0.2, "of the contrastive softmax", 0.2, type=float)
+    add("--momentum", None, "of the moving average at the start, 1 at the end; lower for short runs",
+        0.99, type=float)
+    add("--seed", 0, "of weights, order, augmentation and random masks", type=int)
+    add("--workers", 2, "processes that load pictures; 0: none", type=int)
+    add("--device", "auto", "cuda, mps, cpu; auto: the first there is", "cuda")
+    add("--amp", "auto", "mixed precision; auto: bf16 or else fp16 on CUDA, off elsewhere",
+        choices=["auto", "bf16", "fp16", "off"])
+    add("--out", NEW_RUN, "the run's folder, a new one")
+    add("--resume", "none", "go on with the run in this folder, by its settings")
+    return vars(parser.parse_args(argv)), defaults
+
+
+def data_name(text):
+    """synthetic, or a folder's whole path, so that eval.py finds it from anywhere."""
+    return text if text == "synthetic" else str(Path(text).resolve())
+
+
+def pick_device(name):
+    require(name in ("auto", "cpu", "mps") or name.split(":")[0] == "cuda",
+            f"--device must be auto, cuda, cuda:N, mps or cpu, got {name}")
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(amp, device):
+    """The autocast dtype, or None for float32."""
+    if amp == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def settle(settings, device, num_images):
+    """Fill in what the command line left open, and say what was chosen for a folder; check."""
+    settings["mean"], settings["std"] = list(IMAGENET_MEAN), list(IMAGENET_STD)
+    on_birds = settings["data"] == "synthetic"
+    recipe = dict(RECIPES["synthetic" if on_birds else "gpu" if device.type == "cuda" else "cpu"])
+    if recipe["epochs"] is None:
+        recipe["epochs"] = max(1, min(200, round(CPU_IMAGES / num_images)))
+    chosen = {name: value for name, value in recipe.items() if settings[name] is None}
+    settings.update(chosen)
+    settings["warmup_epochs"] = min(settings["warmup_epochs"], settings["epochs"])
+    if chosen and not on_birds:
+        print("chosen: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
+    for name, least in (("epochs", 1), ("batch_size", 2), ("seed", 0), ("workers", 0), ("lr", 0)):
+        require(settings[name] >= least, f"--{name.replace('_', '-')} must be {least} or more, "
+                f"got {settings[name]}")
+    require(settings["batch_size"] <= num_images, f"--batch-size {settings['batch_size']} is more "
+            f"than the {num_images} training pictures; give a smaller one")
+
+
+def new_folder(out, settings):
+    """Make the run's folder; what exists is never written to."""
+    if out != NEW_RUN:
+        require(not Path(out).exists(), f"--out {out} exists; give another name, or go on with it "
+                f"by --resume {out}")
+        Path(out).mkdir(parents=True)
+        return Path(out)
+    stem = f"{Path(settings['data']).resolve().name}-{settings['method']}"
+    for n in range(1, sys.maxsize):
+        folder = Path("runs") / f"{stem}-{n}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+
+
+# --- what a run leaves behind -----------------------------------------------------------------
+
+
+def save_checkpoint(path, **contents):
+    """Write beside the old checkpoint and then swap, so that one whole file is always there."""
+    torch.save(contents, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def write_metrics(path, history):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+class Progress:
+    """The line that shows a run is alive: rewritten in place on a terminal, else one an epoch."""
+
+    def __init__(self, epochs, steps, batch_size, start_epoch):
+        self.epochs, self.steps, self.batch_size = epochs, steps, batch_size
+        self.first_step = start_epoch * steps
+        self.start = self.shown = time.monotonic()
+
+    def __call__(self, epoch, step, losses, lr, momentum):
+        """step counts from the run's beginning; losses: a function, as reading them is a wait."""
+        now, last = time.monotonic(), step % self.steps == 0
+        if not last and not (sys.stdout.isatty() and now - self.shown > 1):
+            return
+        self.shown, done = now, step - self.first_step
+        pace = (now - self.start) / done
+        left = round(pace * (self.epochs * self.steps - step))
+        global_loss, local_loss = losses()
+        line = (f"epoch {epoch + 1}/{self.epochs}  step {step}  global {global_loss:.3f}  "
+                f"local {local_loss:.3f}  lr {lr:.1e}  m {momentum:.4f}  "
+                f"{self.batch_size / pace:.0f} images/s  {left // 60}:{left % 60:02d} left")
+        print(f"\r{line:<100}" if sys.stdout.isatty() else line,
+              end="\n" if last else "", flush=True)
+
+
+# --- the run ----------------------------------------------------------------------------------
+
+
+def build_model(settings):
+    """The untrained model; a function of the settings alone."""
+    torch.manual_seed(settings["seed"])
+    encoder = create_vit(settings["arch"], settings["image_size"], settings["patch_size"])
+    nano = settings["arch"] == "vit_nano"
+    return LoDisc(encoder, settings["method"], settings["mask"], settings["importance"],
+                  settings["local_input"], settings["keep_ratio"], settings["temperature"],
+                  hidden_dim=512 if nano else 4096, output_dim=128 if nano else 256)
+
+
+def learning_rate(step, warmup, total, peak):
+    """Linear rise over the warm-up steps, then half a cosine down to 0 (MoCo v3)."""
+    if step < warmup:
+        return peak * step / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def train(model, settings, data, folder, device, checkpoint=None):
+    """The training loop; changes model in place."""
+    model.to(device)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
+                                  lr=settings["lr"], weight_decay=settings["weight_decay"])
+    precision = pick_precision(settings["amp"], device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    history = []
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        history = checkpoint["history"]
+
+    order = EpochOrder(len(data.train), settings["seed"])
+    crop = settings["image_size"], settings["mean"], settings["std"]
+    views = TwoViews(data.train, *crop, settings["seed"])
+    loader = DataLoader(views, settings["batch_size"], sampler=order, drop_last=True,
+                        num_workers=settings["workers"], pin_memory=device.type == "cuda",
+                        persistent_workers=settings["workers"] > 0)
+    steps, epochs = len(loader), settings["epochs"]
+    total, warmup = steps * epochs, steps * settings["warmup_epochs"]
+    peak = settings["lr"] * settings["batch_size"] / 256
+    generator = torch.Generator()  # of the random and block masks
+    progress = Progress(epochs, steps, settings["batch_size"], len(history))
+    unlearnt = 4 * settings["temperature"] * math.log(settings["batch_size"])
+    print(f"a branch that has learnt nothing loses {unlearnt:.3f}; from there the loss should fall")
+
+    model.train()
+    for epoch in range(len(history), epochs):
+        order.epoch, started = epoch, time.monotonic()
+        losses = torch.zeros(3, device=device)
+        for i, (view1, view2) in enumerate(loader):
+            step = epoch * steps + i
+            lr = learning_rate(step, warmup, total, peak)
+            momentum = momentum_schedule(step, total, settings["momentum"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            generator.manual_seed(mix_seed(settings["seed"], step))
+
+            view1 = view1.to(device, non_blocking=True)
+            view2 = view2.to(device, non_blocking=True)
+            with torch.autocast(device.type, precision, enabled=precision is not None):
+                output = model(view1, view2, generator)
+            optimizer.zero_grad()
+            scaler.scale(output.total).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            model.update_momentum(momentum)
+
+            losses += torch.stack(output[:3]).detach()
+            progress(epoch, step + 1, lambda: (losses[1:] / (i + 1)).tolist(), lr, momentum)
+
+        mean = (losses / steps).tolist()
+        require(math.isfinite(mean[0]), f"the loss is {mean[0]} in epoch {epoch + 1} at learning "
+                f"rate {lr:.1e}: try a lower --lr or a longer --warmup-epochs")
+        seconds = time.monotonic() - started
+        history.append(dict(zip(COLUMNS, (epoch + 1, step + 1, *mean, lr, momentum,
+                                          steps * settings["batch_size"] / seconds, seconds))))
+        write_metrics(folder / "metrics.csv", history)
+        save_checkpoint(folder / "checkpoint.pt", config=settings, model=model.state_dict(),
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                        history=history)
+
+
+def judge(settings, data, model, folder, device):
+    """Raw pixels, the untrained and the trained encoder, evaluated the same way, side by side."""
+    if data.test is None:
+        return print(f"not evaluated: {data.note}")
+    crop = settings["image_size"], settings["mean"], settings["std"]
+    encoders = {"raw pixels": RawPixels(), "untrained": build_model(settings).encoder,
+                "trained": model.encoder}
+    rows = {name: evaluate(encoder, data, crop, "all", device, settings["workers"],
+                           settings["seed"]) for name, encoder in encoders.items()}
+    merge_json(folder / "eval.json", {**rows["trained"], "untrained": rows["untrained"],
+                                      "pixels": rows["raw pixels"]})
+    print(table(rows))
+
+
+def main(argv=None):
+    given, defaults = parse_args(argv)
+    settings = {**defaults, **given}
+    resume, out = settings.pop("resume"), settings.pop("out")
+    folder, checkpoint = None, None
+    if resume != "none":
+        folder = Path(resume)
+        require((folder / "config.json").is_file(), f"--resume {folder}: no config.json there; "
+                "give the folder of a run")
+        stored = json.loads((folder / "config.json").read_text())
+        free = ("resume", "device", "workers")
+        odd = [name for name in given if name not in free and stored.get(name) != given[name]]
+        require(not odd, f"--resume {folder}: the run was begun with other settings for "
+                f"{', '.join(odd)}; leave them out, or start a new run")
+        settings = {**settings, **stored, **{n: given[n] for n in free[1:] if n in given}}
+        if (folder / "checkpoint.pt").is_file():
+            checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    data = load_data(settings["data"])
+    device = pick_device(settings["device"])
+    settle(settings, device, len(data.train))
+    model = build_model(settings)
+    if folder is None:
+        folder = new_folder(out, settings)
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    print(f"{settings['method']} on {len(data.train)} pictures of {settings['data']}, "
+          f"{settings['arch']} at {settings['image_size']} px, on {device}, into {folder}")
+    try:
+        train(model, settings, data, folder, device, checkpoint)
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; go on from the last whole epoch with: python train.py --resume {folder}")
+    judge(settings, data, model, folder, device)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:  # for people: one line, no traceback
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
