@@ -95,7 +95,8 @@ def linear_probe(train, test, seed=0):
         weights = fit_logistic(features[~held_out], labels[~held_out], classes, strength, weights)
         scores = features[held_out] @ weights[:-1] + weights[-1]
         accuracy = (scores.argmax(1) == labels[held_out]).float().mean().item()
-        best = max(best, (accuracy, strength), key=lambda pair: pair[0])  # of equals the stronger
+        if accuracy > best[0]:  # of equals the stronger
+            best = accuracy, strength
     weights = fit_logistic(features, labels, classes, best[1])
     ranked = (test_features @ weights[:-1] + weights[-1]).topk(min(5, classes), dim=1).indices
     hits = ranked == test_labels[:, None]
@@ -246,7 +247,7 @@ def merge_json(path, results):
 
 def masks_command(args, folder, config):
     """Where the momentum encoder looks, as training used it: a PNG, and figures for drawn birds."""
-    require(args.out is None or not args.out.exists(), f"{args.out} exists; give --out another name")
+    require(args.out is None or not args.out.exists(), f"{args.out} exists; give another --out")
     encoder = load_encoder(args.checkpoint, momentum=True)
     out = args.out or folder / "masks.png"
     if args.images:

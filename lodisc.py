@@ -264,7 +264,7 @@ def create_vit(name: str, image_size: int, patch_size: int, **options) -> Vision
     image_size and patch_size in pixels; options as in VisionTransformer. Weights are drawn from
     torch's global generator: call torch.manual_seed first. Raises ValueError for unknown names.
     """
-    require(name in ARCHITECTURES, f"unknown architecture {name!r}, have {', '.join(ARCHITECTURES)}")
+    require(name in ARCHITECTURES, f"unknown encoder {name!r}, have {', '.join(ARCHITECTURES)}")
     return VisionTransformer(image_size, patch_size, **ARCHITECTURES[name], **options)
 
 
@@ -624,16 +624,17 @@ def load_encoder(path, momentum: bool = False) -> VisionTransformer:
     """
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
+    prefix = "momentum_encoder." if momentum else "encoder."
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights = checkpoint["config"], checkpoint["model"]
+        config = checkpoint["config"]
         encoder = create_vit(config["arch"], config["image_size"], config["patch_size"])
+        encoder.load_state_dict({name.removeprefix(prefix): tensor for name, tensor
+                                 in checkpoint["model"].items() if name.startswith(prefix)})
+        encoder.mean, encoder.std = tuple(config["mean"]), tuple(config["std"])
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of train.py: {error}") from None
-    prefix = "momentum_encoder." if momentum else "encoder."
-    encoder.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()
-                             if name.startswith(prefix)})
-    encoder.mean, encoder.std = tuple(config["mean"]), tuple(config["std"])
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint of train.py: {reason}") from None
     return encoder.eval()

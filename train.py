@@ -15,26 +15,26 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave workers the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: idle threads do not spin
 
 import torch
 from torch.utils.data import DataLoader
 
 from data.augment import EpochOrder, TwoViews, mix_seed
 from data.datasets import load_data
-from eval import RawPixels, evaluate, localisation, merge_json, table
-from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS, METHODS, LoDisc, create_vit,
-                    momentum_schedule, require)
+from eval import RawPixels, evaluate, merge_json, table
+from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
+                    METHODS, LoDisc, create_vit, momentum_schedule, require)
 
 # What stands where the command line leaves it open: for the birds, for a folder on a CPU (where
 # the epochs are those that show the encoder CPU_IMAGES pictures), for a folder on a GPU.
 RECIPES = {
-    "synthetic": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=16, warmup_epochs=1,
-                      lr=4e-3, momentum=0.9),
+    "synthetic": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=12, warmup_epochs=1,
+                      batch_size=64, lr=4e-3, momentum=0.9, crop_min=0.3),
     "cpu": dict(arch="vit_nano", image_size=64, patch_size=8, epochs=None, warmup_epochs=2,
-                lr=4e-3, momentum=0.9),
+                batch_size=64, lr=4e-3, momentum=0.9, crop_min=0.08),
     "gpu": dict(arch="vit_small", image_size=224, patch_size=16, epochs=100, warmup_epochs=10,
-                lr=1e-3, momentum=0.99),
+                batch_size=256, lr=1e-3, momentum=0.99, crop_min=0.08),
 }
 CPU_IMAGES = 45_000
 NEW_RUN = "runs/<data>-<method>-<n>"
@@ -73,12 +73,12 @@ def parse_args(argv=None):
     add("--patch-size", None, "pixels a side", 16, type=int)
     add("--epochs", None, "passes over the pictures", 100, type=int)
     add("--warmup-epochs", None, "of linearly rising learning rate", 0, type=int)
-    add("--batch-size", 128, "images a step", 32, type=int)
+    add("--batch-size", None, "images a step", 32, type=int)
     add("--lr", None, "learning rate per 256 images", "1e-3 in an older README", type=float)
     add("--weight-decay", 0.1, "AdamW's; MoCo v3: 0.1", 0.5, type=float)
     add("--temperature", 0.2, "of the contrastive softmax", 0.2, type=float)
-    add("--momentum", None, "of the moving average at the start, 1 at the end; lower for short runs",
-        0.99, type=float)
+    add("--momentum", None, "of the moving average at the start; 1 at the end", 0.99, type=float)
+    add("--crop-min", None, "smallest share of a picture's area in a view", 0.08, type=float)
     add("--seed", 0, "of weights, order, augmentation and random masks", type=int)
     add("--workers", 2, "processes that load pictures; 0: none", type=int)
     add("--device", "auto", "cuda, mps, cpu; auto: the first there is", "cuda")
@@ -213,7 +213,7 @@ def train(model, settings, data, folder, device, checkpoint=None):
     """The training loop; changes model in place."""
     model.to(device)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
-                                  lr=settings["lr"], weight_decay=settings["weight_decay"])
+                                  lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True)
     precision = pick_precision(settings["amp"], device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     history = []
@@ -225,7 +225,7 @@ def train(model, settings, data, folder, device, checkpoint=None):
 
     order = EpochOrder(len(data.train), settings["seed"])
     crop = settings["image_size"], settings["mean"], settings["std"]
-    views = TwoViews(data.train, *crop, settings["seed"])
+    views = TwoViews(data.train, *crop, settings["seed"], settings["crop_min"])
     loader = DataLoader(views, settings["batch_size"], sampler=order, drop_last=True,
                         num_workers=settings["workers"], pin_memory=device.type == "cuda",
                         persistent_workers=settings["workers"] > 0)
@@ -317,7 +317,8 @@ def main(argv=None):
     try:
         train(model, settings, data, folder, device, checkpoint)
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; go on from the last whole epoch with: python train.py --resume {folder}")
+        sys.exit("\nstopped; go on from the last whole epoch with: "
+                 f"python train.py --resume {folder}")
     judge(settings, data, model, folder, device)
 
 

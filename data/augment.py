@@ -16,16 +16,17 @@ def to_tensor(mean, std):
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
 
 
-def view_transform(image_size, mean, std, blur, solarise):
+def view_transform(image_size, mean, std, crop_min, blur, solarise):
     """One side of BYOL's asymmetric pair (Grill et al. 2020, appendix B; MoCo v3).
 
-    blur and solarise are probabilities: 1.0 and 0.0 for the first view, 0.1 and 0.2 for the
-    second. The blur's sigma is 0.1 to 2.0 px at 224 px, in proportion at other sizes.
+    crop_min: smallest share of the picture's area that a crop takes. blur and solarise are
+    probabilities: 1.0 and 0.0 for the first view, 0.1 and 0.2 for the second. The blur's sigma is
+    0.1 to 2.0 px at 224 px, in proportion at other sizes.
     """
     ratio = image_size / 224
     kernel = 2 * round(4 * ratio + 1) + 1  # odd, about two sigma of the widest blur to each side
     return v2.Compose([
-        v2.RandomResizedCrop(image_size, scale=(0.08, 1.0)),
+        v2.RandomResizedCrop(image_size, scale=(crop_min, 1.0)),
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
         v2.RandomGrayscale(0.2),
         v2.RandomApply([v2.GaussianBlur(kernel, (0.1 * ratio, 2.0 * ratio))], p=blur),
@@ -47,10 +48,10 @@ class TwoViews(Dataset):
     the number of workers changes it.
     """
 
-    def __init__(self, dataset, image_size, mean, std, seed):
+    def __init__(self, dataset, image_size, mean, std, seed, crop_min=0.08):
         self.dataset, self.seed = dataset, seed
-        self.view1 = view_transform(image_size, mean, std, blur=1.0, solarise=0.0)
-        self.view2 = view_transform(image_size, mean, std, blur=0.1, solarise=0.2)
+        self.view1 = view_transform(image_size, mean, std, crop_min, blur=1.0, solarise=0.0)
+        self.view2 = view_transform(image_size, mean, std, crop_min, blur=0.1, solarise=0.2)
 
     def __len__(self):
         return len(self.dataset)

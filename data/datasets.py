@@ -1,15 +1,17 @@
 """The data sets by name: the embedded birds, or any folder of pictures."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from data.birds import Birds
 
 TRAIN_BIRDS, TEST_BIRDS = 2000, 1000
+SMALL = 2000  # pictures; as many are read from disk only once
 
 
 class Data(NamedTuple):
@@ -18,6 +20,12 @@ class Data(NamedTuple):
     train: Dataset
     test: Dataset | None
     note: str = ""
+
+
+@lru_cache(maxsize=None)
+def read_once(path):
+    """default_loader with a memory: decoding costs as much as the two augmentations."""
+    return default_loader(path)
 
 
 class FlatFolder(ImageFolder):
@@ -47,11 +55,15 @@ def load_folder(root):
     train = root / "train" if (root / "train").is_dir() else root
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     try:
-        if test is None or train == root or not folders_of_pictures(train):
+        labelled = test is not None and train != root and folders_of_pictures(train)
+        pictures = ImageFolder(train) if labelled else FlatFolder(train)
+        if len(pictures) <= SMALL:
+            pictures.loader = read_once
+        if not labelled:
             lacks = "a folder for each class" if test is not None else "a test/ or val/ folder"
-            return Data(FlatFolder(train), None, f"{root} lacks {lacks}: training without "
+            return Data(pictures, None, f"{root} lacks {lacks}: training without "
                         "evaluation (data/README.md has the layout)")
-        data = Data(ImageFolder(train), ImageFolder(test))
+        data = Data(pictures, ImageFolder(test))
     except FileNotFoundError as error:  # torchvision's word for a folder without pictures
         raise ValueError(f"--data {root}: {str(error).splitlines()[0]}") from None
     if data.train.classes != data.test.classes:

@@ -1,4 +1,4 @@
-"""Settings shared by all tests: two threads at most, hypothesis without deadlines."""
+"""Shared by all tests: a seed, hypothesis without deadlines, a small folder of pictures."""
 
 import os
 
