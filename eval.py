@@ -140,6 +140,7 @@ def retrieval(test, block=512):
         found.append(torch.stack([hits[:, 0], hits[:, :5].any(1), average, relevant > 0], dim=1))
     found = torch.cat(found)
     counted = found[found[:, 3] > 0]
+    require(len(counted) > 0, "retrieval needs a class with two test images or more, found none")
     rank1, rank5, mean_average = counted[:, :3].double().mean(0).tolist()
     return {"rank1": rank1, "rank5": rank5, "mAP": mean_average, "queries": len(counted),
             "left_out": n - len(counted)}
@@ -187,7 +188,7 @@ def importance_of(encoder, images, importance):
     return IMPORTANCES[importance](encoder(images, attention=stored)[1]).cpu()
 
 
-def localisation(encoder, birds, importance="product", keep_ratio=0.3, images=1000):
+def localisation(encoder, birds, importance="product", keep_ratio=0.3):
     """How well the kept patches find the bird, on plain test images whose pixels are known.
 
     For the bird, and for the parts that decide its species: the mean share of a patch's pixels
@@ -246,7 +247,7 @@ def merge_json(path, results):
 
 
 def masks_command(args, folder, config):
-    """Where the momentum encoder looks, as training used it: a PNG, and figures for drawn birds."""
+    """Where the momentum encoder looks: a PNG, and for the drawn birds how well it finds them."""
     require(args.out is None or not args.out.exists(), f"{args.out} exists; give another --out")
     encoder = load_encoder(args.checkpoint, momentum=True)
     out = args.out or folder / "masks.png"
@@ -279,8 +280,9 @@ def main(argv=None):
     require(data.test is not None, data.note)
     crop = (encoder.image_size, encoder.mean, encoder.std)
     results = evaluate(encoder, data, crop, args.what, args.device, args.workers, config["seed"])
-    print(table({"trained": results}))
-    merge_json(folder / "eval.json", results)
+    name = "momentum" if args.momentum else "trained"
+    print(table({name: results}))
+    merge_json(folder / "eval.json", {name: results} if args.momentum else results)
     print(f"merged into {folder / 'eval.json'}")
 
 

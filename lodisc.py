@@ -26,7 +26,6 @@ References
 
 import copy
 import math
-import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -273,11 +272,20 @@ def create_vit(name: str, image_size: int, patch_size: int, **options) -> Vision
 # ---------------------------------------------------------------------------------------------
 
 
+def check_layers(attentions):
+    """A list, one tensor a layer, all of one shape: rows or square matrices."""
+    require(isinstance(attentions, (list, tuple)) and len(attentions) > 0, "expected a list with "
+            "the attention of each layer, as the encoder returns with attention='row' or 'full'")
+    for attention in attentions:
+        shape = attention.shape
+        require(shape == attentions[0].shape and len(shape) in (3, 4) and shape[-1] > 1
+                and (len(shape) == 3 or shape[-1] == shape[-2]),
+                "expected attention as rows (B, heads, 1+N) or matrices (B, heads, 1+N, 1+N), of "
+                f"one shape in all layers, got {tuple(shape)}")
+
+
 def class_row(attention: Tensor) -> Tensor:
     """Heads averaged, the class token's row, patches only: (B, h, 1+N[, 1+N]) -> (B, N)."""
-    require(attention.ndim in (3, 4) and attention.shape[-1] > 1,
-            "expected attention as rows (B, heads, 1+N) or matrices (B, heads, 1+N, 1+N), got "
-            f"{tuple(attention.shape)}")
     row = attention if attention.ndim == 3 else attention[:, :, 0]
     return widen(row).mean(dim=1)[:, 1:]
 
@@ -289,10 +297,9 @@ def attention_product(attentions: list[Tensor]) -> Tensor:
     Returns (B, N) float32, the LOG of the product: log A_i = sum over l of log a_l^i. A product
     of twelve weights of about 1/N underflows in half precision and soon in float32; the sum of
     logarithms has the same order and does not. A weight that is 0 counts as float32's smallest.
-    Raises ValueError for an empty list or another rank. Source: the paper's overview figure.
+    Raises ValueError for what is no such list. Source: the paper's overview figure.
     """
-    require(len(attentions) > 0, "attention_product needs the attention of at least one layer, "
-            "got none; call the encoder with attention='row'")
+    check_layers(attentions)
     total = carry = 0
     for attention in attentions:
         # Kahan's compensated sum: plain float32 would lose 1e-3 over 24 layers at -80 each, and
@@ -310,23 +317,20 @@ def attention_rollout(attentions: list[Tensor]) -> Tensor:
     Source: Abnar and Zuidema 2020, section 3. Raises ValueError when given rows only: the matrix
     product needs what flows between patches too.
     """
-    require(len(attentions) > 0, "attention_rollout needs the attention of at least one layer")
-    require(all(a.ndim == 4 and a.shape[-1] == a.shape[-2] > 1 for a in attentions),
-            "attention_rollout needs full matrices (B, heads, 1+N, 1+N), got "
-            f"{tuple(attentions[0].shape)}; call the encoder with attention='full'")
-    row = None
-    for attention in reversed(attentions):  # a row times a matrix is O(N^2), the product O(N^3)
-        matrix = widen(attention).mean(dim=1)  # (B, 1+N, 1+N)
-        if row is None:
-            row = F.one_hot(torch.zeros_like(matrix[:, 0, 0], dtype=torch.int64),
-                            matrix.shape[-1]).to(matrix.dtype)  # (B, 1+N), the class token
+    check_layers(attentions)
+    require(attentions[0].ndim == 4, "attention_rollout needs full matrices (B, heads, 1+N, 1+N), "
+            f"got {tuple(attentions[0].shape)}; call the encoder with attention='full'")
+    matrices = [widen(attention).mean(dim=1) for attention in attentions]  # (B, 1+N, 1+N) each
+    row = torch.zeros_like(matrices[0][:, 0])  # (B, 1+N)
+    row[:, 0] = 1  # the class token
+    for matrix in reversed(matrices):  # a row times a matrix is O(N^2), the product would be O(N^3)
         row = (torch.einsum("bi,bij->bj", row, matrix) + row) / 2
     return row[:, 1:]
 
 
 def last_attention(attentions: list[Tensor]) -> Tensor:
     """The class token's attention in the last layer alone, heads averaged -> (B, N)."""
-    require(len(attentions) > 0, "last_attention needs the attention of at least one layer")
+    check_layers(attentions)
     return class_row(attentions[-1])
 
 
@@ -367,12 +371,13 @@ def location_mask(importance: Tensor, keep_ratio: float, check: bool = True) -> 
 
 def least_mask(importance: Tensor, keep_ratio: float, check: bool = True) -> Tensor:
     """Ablation: keep the LEAST important patches. As location_mask otherwise."""
-    return location_mask(-importance, keep_ratio, check)
+    return location_mask(-widen(importance), keep_ratio, check)
 
 
 def random_mask(batch: int, num_patches: int, keep_ratio: float, generator=None) -> Tensor:
     """Ablation: keep patches drawn at random -> bool (batch, num_patches) on the CPU."""
-    return location_mask(torch.rand(batch, num_patches, generator=generator), keep_ratio)
+    noise = torch.rand(batch, num_patches, generator=generator)
+    return location_mask(noise, keep_ratio, check=False)
 
 
 def block_mask(batch: int, num_patches: int, keep_ratio: float, generator=None) -> Tensor:
@@ -634,7 +639,7 @@ def load_encoder(path, momentum: bool = False) -> VisionTransformer:
         encoder.mean, encoder.std = tuple(config["mean"]), tuple(config["std"])
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+    except Exception as error:  # torch.load raises many kinds for a file that is something else
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of train.py: {reason}") from None
     return encoder.eval()

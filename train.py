@@ -11,6 +11,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -95,13 +96,13 @@ def data_name(text):
 
 
 def pick_device(name):
-    require(name in ("auto", "cpu", "mps") or name.split(":")[0] == "cuda",
-            f"--device must be auto, cuda, cuda:N, mps or cpu, got {name}")
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available()
+                else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def pick_precision(amp, device):
@@ -109,7 +110,8 @@ def pick_precision(amp, device):
     if amp == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False)
+                else torch.float16)
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
@@ -120,13 +122,18 @@ def settle(settings, device, num_images):
     recipe = dict(RECIPES["synthetic" if on_birds else "gpu" if device.type == "cuda" else "cpu"])
     if recipe["epochs"] is None:
         recipe["epochs"] = max(1, min(200, round(CPU_IMAGES / num_images)))
+    recipe["batch_size"] = min(recipe["batch_size"], num_images)
     chosen = {name: value for name, value in recipe.items() if settings[name] is None}
     settings.update(chosen)
     settings["warmup_epochs"] = min(settings["warmup_epochs"], settings["epochs"])
     if chosen and not on_birds:
         print("chosen: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
-    for name, least in (("epochs", 1), ("batch_size", 2), ("seed", 0), ("workers", 0), ("lr", 0)):
+    for name, least in (("epochs", 1), ("warmup_epochs", 0), ("batch_size", 2), ("lr", 0),
+                        ("weight_decay", 0), ("seed", 0), ("workers", 0)):
         require(settings[name] >= least, f"--{name.replace('_', '-')} must be {least} or more, "
+                f"got {settings[name]}")
+    for name in ("momentum", "crop_min"):
+        require(0 <= settings[name] <= 1, f"--{name.replace('_', '-')} must be in [0, 1], "
                 f"got {settings[name]}")
     require(settings["batch_size"] <= num_images, f"--batch-size {settings['batch_size']} is more "
             f"than the {num_images} training pictures; give a smaller one")
@@ -185,8 +192,10 @@ class Progress:
         line = (f"epoch {epoch + 1}/{self.epochs}  step {step}  global {global_loss:.3f}  "
                 f"local {local_loss:.3f}  lr {lr:.1e}  m {momentum:.4f}  "
                 f"{self.batch_size / pace:.0f} images/s  {left // 60}:{left % 60:02d} left")
-        print(f"\r{line:<100}" if sys.stdout.isatty() else line,
-              end="\n" if last else "", flush=True)
+        if sys.stdout.isatty():  # one line of the terminal: what wraps cannot be written over
+            columns = shutil.get_terminal_size().columns - 1
+            line = f"\r{line[:columns]:<{columns}}"
+        print(line, end="\n" if last else "", flush=True)
 
 
 # --- the run ----------------------------------------------------------------------------------
@@ -213,7 +222,8 @@ def train(model, settings, data, folder, device, checkpoint=None):
     """The training loop; changes model in place."""
     model.to(device)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
-                                  lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True)
+                                  lr=settings["lr"], weight_decay=settings["weight_decay"],
+                                  fused=True)
     precision = pick_precision(settings["amp"], device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     history = []
@@ -281,8 +291,9 @@ def judge(settings, data, model, folder, device):
     crop = settings["image_size"], settings["mean"], settings["std"]
     encoders = {"raw pixels": RawPixels(), "untrained": build_model(settings).encoder,
                 "trained": model.encoder}
-    rows = {name: evaluate(encoder, data, crop, "all", device, settings["workers"],
-                           settings["seed"]) for name, encoder in encoders.items()}
+    rows = {name: evaluate(encoder, data, crop, "all", "cpu" if name == "raw pixels" else device,
+                           settings["workers"], settings["seed"])
+            for name, encoder in encoders.items()}
     merge_json(folder / "eval.json", {**rows["trained"], "untrained": rows["untrained"],
                                       "pixels": rows["raw pixels"]})
     print(table(rows))

@@ -143,8 +143,12 @@ def draw(seed, split, index):
     size = CANVAS * SHARP
     easel = Easel(size)
     draw_ground(easel, rng)
-    easel.pose(size * rng.uniform(0.2, 0.8), size * rng.uniform(0.25, 0.75),
-               size * rng.uniform(0.24, 0.36), rng.gauss(0, 0.4), rng.random() < 0.5)
+    must_show = (0, 0), FAMILIES[family]["head"][:2]  # a bird whose parts are outside has no class
+    while True:
+        easel.pose(size * rng.uniform(0.15, 0.85), size * rng.uniform(0.15, 0.85),
+                   size * rng.uniform(0.24, 0.36), rng.gauss(0, 0.4), rng.random() < 0.5)
+        if all(0.15 * size < v < 0.85 * size for point in must_show for v in easel.place(point)):
+            break
     draw_bird(easel, family, species, rng)
     image = easel.image.reduce(SHARP)
     for light in (ImageEnhance.Brightness, ImageEnhance.Contrast):

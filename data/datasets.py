@@ -11,7 +11,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from data.birds import Birds
 
 TRAIN_BIRDS, TEST_BIRDS = 2000, 1000
-SMALL = 2000  # pictures; as many are read from disk only once
+SMALL = 32 * 2**20  # bytes on disk: a training set up to this stays decoded in memory
 
 
 class Data(NamedTuple):
@@ -24,7 +24,7 @@ class Data(NamedTuple):
 
 @lru_cache(maxsize=None)
 def read_once(path):
-    """default_loader with a memory: decoding costs as much as the two augmentations."""
+    """default_loader with a memory: decoding costs about as much as the augmentation does."""
     return default_loader(path)
 
 
@@ -36,10 +36,10 @@ class FlatFolder(ImageFolder):
 
 
 def folders_of_pictures(root):
-    """Whether each picture below root stands in a class folder of its own, directly below."""
-    folders = [entry for entry in root.iterdir() if entry.is_dir()]
-    loose = any(entry.suffix.lower() in IMG_EXTENSIONS for entry in root.iterdir())
-    return len(folders) > 1 and not loose
+    """Whether pictures stand in class folders, with none of them loose beside these."""
+    entries = list(root.iterdir())
+    loose = any(entry.suffix.lower() in IMG_EXTENSIONS for entry in entries)
+    return any(entry.is_dir() for entry in entries) and not loose
 
 
 def load_folder(root):
@@ -55,14 +55,14 @@ def load_folder(root):
     train = root / "train" if (root / "train").is_dir() else root
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     try:
-        labelled = test is not None and train != root and folders_of_pictures(train)
+        labelled = all(split is not None and split != root and folders_of_pictures(split)
+                       for split in (train, test))
         pictures = ImageFolder(train) if labelled else FlatFolder(train)
-        if len(pictures) <= SMALL:
+        if sum(Path(path).stat().st_size for path, _ in pictures.samples) <= SMALL:
             pictures.loader = read_once
         if not labelled:
-            lacks = "a folder for each class" if test is not None else "a test/ or val/ folder"
-            return Data(pictures, None, f"{root} lacks {lacks}: training without "
-                        "evaluation (data/README.md has the layout)")
+            return Data(pictures, None, f"{root} has no train/ and test/ (or val/) with a folder "
+                        "for each class: training without evaluation (layout: data/README.md)")
         data = Data(pictures, ImageFolder(test))
     except FileNotFoundError as error:  # torchvision's word for a folder without pictures
         raise ValueError(f"--data {root}: {str(error).splitlines()[0]}") from None

@@ -47,6 +47,29 @@ def test_linear_probe_scores():
     assert again == result
 
 
+def test_linear_probe_is_fitted_again_on_all_of_train(monkeypatch):
+    """Strengths are tried on nine tenths, each held out class by class; the last fit has it all."""
+    sizes, real = [], judging.fit_logistic
+    monkeypatch.setattr(judging, "fit_logistic", lambda features, labels, *rest: (
+        sizes.append((len(features), labels.bincount().tolist(), rest[1])),
+        real(features, labels, *rest))[1])
+    features, _ = clusters(80)
+    labels = torch.arange(80) % 4
+    result = judging.linear_probe((features, labels), (features, labels))
+    assert sizes[-1] == (80, [20] * 4, result["strength"])
+    assert sizes[:-1] == [(72, [18] * 4, strength) for strength in judging.STRENGTHS]
+
+
+def test_strength_is_chosen_on_what_was_held_out(monkeypatch):
+    """Noise fits itself best without a penalty; what was held out wants the strongest one."""
+    features, labels = torch.randn(120, 100), torch.arange(120) % 2
+    features[:, 0] += 2.5 * labels
+    test = torch.randn(400, 100)
+    test[:, 0] += 2.5 * (torch.arange(400) % 2)
+    result = judging.linear_probe((features, labels), (test, torch.arange(400) % 2))
+    assert result["strength"] >= 0.1
+
+
 def test_linear_probe_never_fits_the_test_set():
     """Labels that mean nothing: chance on the test set, whatever its labels are."""
     features, test = torch.randn(300, 40), torch.randn(300, 40)

@@ -98,6 +98,24 @@ def test_weights_move_as_the_recipe_says(flowers):
     assert train.learning_rate(50, 10, 50, 1.0) == pytest.approx(0)
 
 
+def test_the_optimiser_follows_the_schedule(flowers, monkeypatch):
+    """Learning rate per 256 images, warm-up and cosine, as the optimiser sees them."""
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (
+        seen.append([group["lr"] for group in self.param_groups]), step(self, *a, **k))[1])
+    train.main(["--data", str(flowers / "train"), *SMALL, "--lr", "0.01", "--out", "run"])
+    peak = 0.01 * 12 / 256
+    assert seen == [[pytest.approx(train.learning_rate(i, 3, 6, peak))] for i in range(6)]
+
+
+def test_a_last_batch_that_is_not_full_is_left_out(flowers):
+    extra = flowers / "train" / "class 0" / "extra.jpg"
+    extra.write_bytes((flowers / "train" / "class 0" / "0.jpg").read_bytes())
+    train.main(["--data", str(flowers / "train"), *SMALL, "--out", "run"])  # 37 = 3 * 12 + 1
+    with open("run/metrics.csv", newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["3", "6"]
+
+
 @pytest.mark.parametrize("options", [
     ["--method", "global"], ["--method", "local"], ["--mask", "random"], ["--mask", "block"],
     ["--mask", "least"], ["--importance", "rollout"], ["--importance", "last"],
@@ -122,8 +140,10 @@ def test_same_seed_same_weights_with_any_number_of_workers(flowers, mask):
     assert not same(weights("0"), weights("other"))
 
 
-def test_resume_ends_where_an_uninterrupted_run_ends(flowers, monkeypatch):
-    train.main(["--data", str(flowers / "train"), *SMALL, "--out", "whole"])
+@pytest.mark.parametrize("mask", ["location", "random"])
+def test_resume_ends_where_an_uninterrupted_run_ends(flowers, monkeypatch, mask):
+    options = ["--data", str(flowers / "train"), *SMALL, "--mask", mask, "--out"]
+    train.main([*options, "whole"])
 
     class Killed(Exception):
         pass
@@ -135,7 +155,7 @@ def test_resume_ends_where_an_uninterrupted_run_ends(flowers, monkeypatch):
     real = train.save_checkpoint
     monkeypatch.setattr(train, "save_checkpoint", save_then_die)
     with pytest.raises(Killed):
-        train.main(["--data", str(flowers / "train"), *SMALL, "--out", "part"])
+        train.main([*options, "part"])
     monkeypatch.setattr(train, "save_checkpoint", real)
     with pytest.raises(ValueError, match="epochs"):
         train.main(["--resume", "part", "--epochs", "3"])
@@ -153,7 +173,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_reason(flowers):
 def test_what_a_folder_alone_chooses_is_printed(flowers, capsys):
     settings = {"data": str(flowers), "arch": None, "image_size": None, "patch_size": None,
                 "epochs": None, "warmup_epochs": None, "lr": None, "crop_min": None, "momentum": None,
-                "batch_size": 12, "seed": 0, "workers": 0}
+                "batch_size": 12, "weight_decay": 0.1, "seed": 0, "workers": 0}
     train.settle(settings, torch.device("cpu"), 36)
     printed = capsys.readouterr().out
     for word in ("arch vit_nano", "image_size 64", "epochs 200"):
@@ -168,7 +188,8 @@ def test_precision_follows_the_device():
     assert train.pick_precision("fp16", cuda) == torch.float16
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+            patch.setattr(torch.cuda, "is_bf16_supported",
+                          lambda including_emulation=True: including_emulation or supported)
             assert train.pick_precision("auto", cuda) == dtype
 
 
@@ -188,6 +209,8 @@ def test_nothing_that_exists_is_overwritten(flowers):
     (["--keep-ratio", "0"], "keep_ratio"),
     (["--epochs", "0"], "--epochs"),
     (["--seed", "-1"], "--seed"),
+    (["--warmup-epochs", "-5"], "--warmup-epochs"),
+    (["--momentum", "3"], "--momentum"),
     (["--device", "quantum"], "quantum"),
     (["--resume", "missing"], "missing"),
 ])
