@@ -30,14 +30,14 @@ from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOC
 # What stands where the command line leaves it open: for the birds, for a folder on a CPU (where
 # the epochs are those that show the encoder CPU_IMAGES pictures), for a folder on a GPU.
 RECIPES = {
-    "synthetic": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=15, warmup_epochs=1,
-                      batch_size=64, lr=4e-3, momentum=0.9, crop_min=0.3),
-    "cpu": dict(arch="vit_nano", image_size=64, patch_size=8, epochs=None, warmup_epochs=2,
+    "synthetic": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=12, warmup_epochs=1,
+                      batch_size=128, lr=4e-3, momentum=0.9, crop_min=0.08),
+    "cpu": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=None, warmup_epochs=2,
                 batch_size=64, lr=4e-3, momentum=0.9, crop_min=0.08),
     "gpu": dict(arch="vit_small", image_size=224, patch_size=16, epochs=100, warmup_epochs=10,
                 batch_size=256, lr=1e-3, momentum=0.99, crop_min=0.08),
 }
-CPU_IMAGES = 45_000
+CPU_IMAGES = 50_000
 NEW_RUN = "runs/<data>-<method>-<n>"
 COLUMNS = ("epoch", "step", "total", "global_loss", "local_loss", "lr", "momentum",
            "images_per_second", "seconds")

@@ -98,7 +98,7 @@ def draw_ground(easel, rng):
 def draw_bird(easel, family, species, rng):
     """One bird in the easel's pose. The places where species differ are PART on every bird."""
     shape = FAMILIES[family]
-    hue = shape["hue"] + rng.gauss(0, 0.05)
+    hue = shape["hue"] + rng.gauss(0, 0.02)
     saturation, value = rng.uniform(0.58, 0.68), rng.uniform(0.6, 0.7)
     coat, wing = rgb(hue, saturation, value), rgb(hue, saturation, value * 0.62)
     horn = rgb(0.1, 0.5, 0.35)

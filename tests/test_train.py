@@ -176,7 +176,7 @@ def test_what_a_folder_alone_chooses_is_printed(flowers, capsys):
                 "batch_size": 12, "weight_decay": 0.1, "seed": 0, "workers": 0}
     train.settle(settings, torch.device("cpu"), 36)
     printed = capsys.readouterr().out
-    for word in ("arch vit_nano", "image_size 64", "epochs 200"):
+    for word in ("arch vit_nano", "image_size 48", "epochs 200"):
         assert word in printed
     assert settings["arch"] == "vit_nano" and settings["epochs"] == 200
 
