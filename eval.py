@@ -9,6 +9,7 @@ table on screen and into eval.json beside the checkpoint. Nothing is ever chosen
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -229,7 +230,7 @@ def parse_args(argv=None):
     parser.add_argument("what", choices=["linear", "knn", "retrieval", "all", "masks"])
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or its checkpoint.pt")
     parser.add_argument("images", nargs="*", type=Path,
-                        help="masks: picture files instead of 8 pictures of the test set")
+                        help="masks: picture files instead of eight test pictures")
     parser.add_argument("--data", help="synthetic or a folder; default: what the run trained on")
     parser.add_argument("--momentum", action="store_true",
                         help="judge the momentum encoder; masks always show that one")
@@ -256,9 +257,8 @@ def masks_command(args, folder, config):
     else:
         test = load_data(args.data).test
         require(test is not None, "this data has no test pictures; name picture files instead")
-        firsts = sorted({label: i for i, label in reversed(list(enumerate(test.targets)))}.values())
-        chosen = (firsts + [i for i in range(len(test)) if i not in firsts])[:8]
-        pictures = [test[i][0] for i in chosen]
+        by_class = sorted(range(len(test)), key=test.targets.__getitem__)  # eight from all classes
+        pictures = [test[i][0] for i in by_class[::math.ceil(len(test) / 8)]]
         if isinstance(test, Birds):
             figures = localisation(encoder, test, config["importance"], config["keep_ratio"])
             print("kept patches' share over that of all patches: "
