@@ -196,7 +196,7 @@ def localisation(encoder, birds, importance="product", keep_ratio=0.3):
     that they cover, in the kept patches over that in all patches. 1 is chance, 1 / keep_ratio the
     most that can be had.
     """
-    size, side = encoder.image_size, encoder.image_size // encoder.patch_size
+    size = encoder.image_size
     crop = v2.Compose(plain_crop(size, InterpolationMode.NEAREST))
     loader = DataLoader(Plain(birds, size, encoder.mean, encoder.std), 256)
     masks = torch.cat([location_mask(importance_of(encoder, batch, importance), keep_ratio)
@@ -206,7 +206,6 @@ def localisation(encoder, birds, importance="product", keep_ratio=0.3):
     ratios = {}
     for name, region in (("bird", maps >= BIRD), ("parts", maps == PART)):
         share = F.avg_pool2d(region[:, None].float(), encoder.patch_size).flatten(1)  # (n, N)
-        assert share.shape[1] == side * side
         ratios[name] = (share[masks].mean() / share.mean()).item()
     return ratios
 

@@ -31,11 +31,11 @@ from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOC
 # the epochs are those that show the encoder CPU_IMAGES pictures), for a folder on a GPU.
 RECIPES = {
     "synthetic": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=12, warmup_epochs=1,
-                      batch_size=128, lr=4e-3, momentum=0.9, crop_min=0.08),
+                      batch_size=128, lr=4e-3, momentum=0.9),
     "cpu": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=None, warmup_epochs=2,
-                batch_size=64, lr=4e-3, momentum=0.9, crop_min=0.08),
+                batch_size=64, lr=4e-3, momentum=0.9),
     "gpu": dict(arch="vit_small", image_size=224, patch_size=16, epochs=100, warmup_epochs=10,
-                batch_size=256, lr=1e-3, momentum=0.99, crop_min=0.08),
+                batch_size=256, lr=1e-3, momentum=0.99),
 }
 CPU_IMAGES = 50_000
 NEW_RUN = "runs/<data>-<method>-<n>"
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     add("--weight-decay", 0.1, "AdamW's; MoCo v3: 0.1", 0.5, type=float)
     add("--temperature", 0.2, "of the contrastive softmax", 0.2, type=float)
     add("--momentum", None, "of the moving average at the start; 1 at the end", 0.99, type=float)
-    add("--crop-min", None, "smallest share of a picture's area in a view", 0.08, type=float)
+    add("--crop-min", 0.08, "smallest share of a picture's area in a view", 0.08, type=float)
     add("--seed", 0, "of weights, order, augmentation and random masks", type=int)
     add("--workers", 2, "processes that load pictures; 0: none", type=int)
     add("--device", "auto", "cuda, mps, cpu; auto: the first there is", "cuda")

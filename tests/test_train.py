@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_reason(flowers):
 
 def test_what_a_folder_alone_chooses_is_printed(flowers, capsys):
     settings = {"data": str(flowers), "arch": None, "image_size": None, "patch_size": None,
-                "epochs": None, "warmup_epochs": None, "lr": None, "crop_min": None, "momentum": None,
+                "epochs": None, "warmup_epochs": None, "lr": None, "crop_min": 0.08, "momentum": None,
                 "batch_size": 12, "weight_decay": 0.1, "seed": 0, "workers": 0}
     train.settle(settings, torch.device("cpu"), 36)
     printed = capsys.readouterr().out
