@@ -30,7 +30,7 @@ from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOC
 # What stands where the command line leaves it open: for the birds, for a folder on a CPU (where
 # the epochs are those that show the encoder CPU_IMAGES pictures), for a folder on a GPU.
 RECIPES = {
-    "synthetic": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=12, warmup_epochs=1,
+    "synthetic": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=10, warmup_epochs=1,
                       batch_size=128, lr=4e-3, momentum=0.9),
     "cpu": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=None, warmup_epochs=2,
                 batch_size=64, lr=4e-3, momentum=0.9),

@@ -2,8 +2,10 @@
 
 A picture is a pure function of (seed, split, index). Five families differ in the large, by shape
 and hue; the four species of a family only in small parts: a wing bar, an eye ring, a crown, or
-none of these. Pose, scale, place, lighting and ground are nuisance. As the program draws the birds
-it knows their true pixels, so that a mask can be judged (`Birds.regions`).
+none of these. Such a part is a light band beside a dark one, which together have the mean colour of
+the plain bird: the sum of a picture's colours does not give the species away. Pose, scale, place,
+lighting and ground are nuisance. As the program draws the birds it knows their true pixels, so that
+a mask can be judged (`Birds.regions`).
 """
 
 import colorsys
@@ -22,16 +24,16 @@ SPECIES = ("plain", "wing bar", "eye ring", "crown")
 # In units of about half a body's length, x forward and y up. body: half-axes; head: centre and
 # radius; neck: half its width; bill: length and half its width; tail: length, half its width, rise.
 FAMILIES = {
-    "finch": dict(hue=0.02, body=(1.0, 0.72), head=(0.78, 0.62, 0.46), neck=0.5,
-                  bill=(0.30, 0.16), tail=(0.75, 0.22, -0.05), legs=0.35),
-    "duck": dict(hue=0.30, body=(1.15, 0.50), head=(1.05, 0.72, 0.34), neck=0.26,
-                 bill=(0.48, 0.10), tail=(0.35, 0.24, 0.35), legs=0.0),
-    "heron": dict(hue=0.58, body=(0.95, 0.42), head=(1.05, 1.35, 0.25), neck=0.15,
-                  bill=(0.62, 0.07), tail=(0.35, 0.16, -0.25), legs=1.05),
-    "magpie": dict(hue=0.80, body=(0.85, 0.50), head=(0.72, 0.48, 0.36), neck=0.34,
-                   bill=(0.34, 0.10), tail=(1.55, 0.16, 0.15), legs=0.45),
-    "owl": dict(hue=0.12, body=(0.72, 0.92), head=(0.18, 0.98, 0.60), neck=0.58,
-                bill=(0.14, 0.16), tail=(0.40, 0.26, -0.75), legs=0.18),
+    "finch": dict(hue=0.02, body=(1.0, 0.72), head=(0.78, 0.62, 0.52), neck=0.5,
+                  bill=(0.45, 0.20), tail=(0.75, 0.22, -0.05), legs=0.35),
+    "duck": dict(hue=0.30, body=(1.15, 0.50), head=(1.05, 0.72, 0.48), neck=0.26,
+                 bill=(0.60, 0.14), tail=(0.35, 0.24, 0.35), legs=0.0),
+    "heron": dict(hue=0.58, body=(0.95, 0.42), head=(1.05, 1.35, 0.48), neck=0.15,
+                  bill=(0.85, 0.10), tail=(0.35, 0.16, -0.25), legs=1.05),
+    "magpie": dict(hue=0.80, body=(0.85, 0.50), head=(0.72, 0.48, 0.48), neck=0.34,
+                   bill=(0.45, 0.14), tail=(1.55, 0.16, 0.15), legs=0.45),
+    "owl": dict(hue=0.12, body=(0.72, 0.92), head=(0.18, 0.98, 0.66), neck=0.58,
+                bill=(0.25, 0.18), tail=(0.40, 0.26, -0.75), legs=0.18),
 }
 CLASSES = tuple(f"{family}, {species}" for family in FAMILIES for species in SPECIES)
 
@@ -72,16 +74,19 @@ class Easel:
 
 
 def draw_ground(easel, rng):
-    """Greyish sky over greyish land, then stones, leaves and twigs of every hue and size."""
+    """Greyish sky over greyish land, then many small stones, leaves and twigs of every hue.
+
+    Small and many, so that two crops of a picture are not told from other pictures by their ground.
+    """
     size, pen = easel.image.width, easel.brushes[0]
     horizon = rng.uniform(0.2, 0.9) * size
     sky = rgb(rng.random(), rng.uniform(0, 0.15), rng.uniform(0.55, 0.8))
     land = rgb(rng.random(), rng.uniform(0, 0.2), rng.uniform(0.35, 0.65))
     pen.rectangle((0, 0, size, horizon), sky)
     pen.rectangle((0, horizon, size, size), land)
-    for _ in range(rng.randint(40, 70)):
+    for _ in range(rng.randint(160, 220)):
         colour = rgb(rng.random(), rng.random(), rng.uniform(0.15, 1.0))
-        x, y, r = rng.uniform(0, size), rng.uniform(0, size), size * rng.uniform(0.03, 0.12)
+        x, y, r = rng.uniform(0, size), rng.uniform(0, size), size * rng.uniform(0.012, 0.05)
         turn = rng.uniform(0, math.pi)
         if rng.random() < 0.4:
             length = r * rng.uniform(2, 5)
@@ -99,7 +104,7 @@ def draw_bird(easel, family, species, rng):
     """One bird in the easel's pose. The places where species differ are PART on every bird."""
     shape = FAMILIES[family]
     hue = shape["hue"] + rng.gauss(0, 0.02)
-    saturation, value = rng.uniform(0.58, 0.68), rng.uniform(0.6, 0.7)
+    saturation, value = rng.uniform(0.75, 0.85), rng.uniform(0.48, 0.54)
     coat, wing = rgb(hue, saturation, value), rgb(hue, saturation, value * 0.62)
     horn = rgb(0.1, 0.5, 0.35)
     (bx, by), (hx, hy, hr) = shape["body"], shape["head"]
@@ -113,8 +118,6 @@ def draw_bird(easel, family, species, rng):
     length, width, rise = shape["tail"]
     easel.paint([(-bx * 0.7, width), (-bx * 0.7, -width), (-bx - length, rise - width * 0.8),
                  (-bx - length * 0.95, rise + width * 0.5)], wing, BIRD)
-    bill, thick = shape["bill"]
-    easel.paint([(hx, hy + thick), (hx + hr + bill, hy - 0.05), (hx, hy - thick)], horn, BIRD)
     easel.paint(ellipse(0, 0, bx, by), coat, BIRD)
     neck, root = shape["neck"], (bx * 0.62, by * 0.25)
     easel.paint([(root[0] - neck, root[1]), (root[0] + neck * 0.6, root[1] - neck * 0.5),
@@ -123,16 +126,26 @@ def draw_bird(easel, family, species, rng):
     fold = rng.gauss(0, 0.08)
     easel.paint(ellipse(-0.22 * bx, 0.08 + fold, bx * 0.62, by * 0.52), wing, BIRD)
 
-    # the parts: painted in their own colour on one species, in the coat's on the others
-    bar = rgb(0.14, 0.10, 1.0) if species == "wing bar" else wing
-    easel.paint([(-0.66 * bx, fold + 0.36 * by), (-0.22 * bx, fold + 0.50 * by),
-                 (0.22 * bx, fold - 0.24 * by), (-0.20 * bx, fold - 0.34 * by)], bar, PART)
-    crown = rgb(hue + 0.5, 0.9, 1.0) if species == "crown" else coat
-    easel.paint(ellipse(hx, hy, hr * 1.15, hr * 1.25, 0.02 * math.pi, 0.98 * math.pi), crown, PART)
-    ring = rgb(0.16, 0.85, 1.0) if species == "eye ring" else coat
-    ex, ey, er = hx + hr * 0.30, hy, 0.10 + 0.08 * hr
-    easel.paint(ellipse(ex, ey, er * 2.2, er * 2.2), ring, PART)
-    easel.paint(ellipse(ex, ey, er, er), (20, 20, 24), PART)
+    # the parts: in two bands on the species that has them, plain on the others
+    def bands(part, brightness):
+        contrast = 0.9 if part == species else 0
+        return [rgb(hue, saturation, brightness * (1 + sign * contrast)) for sign in (1, -1)]
+
+    light, dark = bands("wing bar", value * 0.62)
+    for x, y, colour in ((0, 0, light), (-0.18 * bx, -0.06 * by, dark)):
+        easel.paint([(x - 0.66 * bx, y + fold + 0.36 * by), (x - 0.22 * bx, y + fold + 0.50 * by),
+                     (x + 0.22 * bx, y + fold - 0.24 * by), (x - 0.20 * bx, y + fold - 0.34 * by)],
+                    colour, PART)
+    light, dark = bands("crown", value)
+    for width, height, colour in ((1.1, 1.45, dark), (0.9, 0.9, light)):
+        easel.paint(ellipse(hx, hy + 0.1 * hr, width * hr, height * hr, 0, math.pi), colour, PART)
+    light, dark = bands("eye ring", value)
+    for radius, colour in ((0.66, dark), (0.5, light), (0.22, (20, 20, 24))):
+        easel.paint(ellipse(hx + 0.2 * hr, hy, radius * hr, radius * hr), colour, PART)
+
+    bill, thick = shape["bill"]
+    root = hx + 0.9 * hr
+    easel.paint([(root, hy + thick), (root + bill, hy - 0.05), (root, hy - thick)], horn, BIRD)
 
 
 @lru_cache(maxsize=None)
@@ -146,7 +159,7 @@ def draw(seed, split, index):
     must_show = (0, 0), FAMILIES[family]["head"][:2]  # a bird whose parts are outside has no class
     while True:
         easel.pose(size * rng.uniform(0.15, 0.85), size * rng.uniform(0.15, 0.85),
-                   size * rng.uniform(0.24, 0.36), rng.gauss(0, 0.4), rng.random() < 0.5)
+                   size * rng.uniform(0.24, 0.36), rng.gauss(0, 0.3), rng.random() < 0.5)
         if all(0.15 * size < v < 0.85 * size for point in must_show for v in easel.place(point)):
             break
     draw_bird(easel, family, species, rng)

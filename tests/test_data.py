@@ -66,7 +66,7 @@ def test_regions_cover_a_sensible_share():
     shares = np.array([[(np.asarray(draw(0, "test", i)[1]) >= BIRD).mean(),
                         (np.asarray(draw(0, "test", i)[1]) == PART).mean()] for i in range(100)])
     assert (shares[:, 0] > 0.04).all() and 0.1 < shares[:, 0].mean() < 0.4
-    assert 0 < shares[:, 1].mean() < 0.4 * shares[:, 0].mean()
+    assert 0 < shares[:, 1].mean() < 0.5 * shares[:, 0].mean()  # all three parts
 
 
 def test_views_depend_on_seed_epoch_and_index_alone():
