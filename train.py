@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,8 +23,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.augment import EpochOrder, TwoViews, mix_seed
-from data.datasets import load_data
-from eval import RawPixels, evaluate, merge_json, table
+from data.datasets import NAMES, load_data
+from eval import RawPixels, evaluate, merge_json, one_line, table
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
                     METHODS, LoDisc, create_vit, momentum_schedule, require)
 
@@ -59,7 +60,10 @@ def parse_args(argv=None):
                             help=f"{text} (default: {shown}{authors})", **options)
         defaults[flag[2:].replace("-", "_")] = default
 
-    add("--data", "synthetic", "synthetic (drawn birds), or a folder of pictures", type=data_name)
+    add("--data", "synthetic", f"{', '.join(NAMES)}, or a folder of pictures", type=data_name)
+    add("--data-root", "datasets", "where the named data sets lie", type=whole_path)
+    add("--download", False, "fetch a named data set whose source still answers",
+        action="store_true")
     add("--method", "lodisc", "both losses, MoCo v3 alone or the local loss alone",
         choices=METHODS)
     add("--mask", "location", "which patches stay; all but the first are ablations",
@@ -91,8 +95,12 @@ def parse_args(argv=None):
 
 
 def data_name(text):
-    """synthetic, or a folder's whole path, so that eval.py finds it from anywhere."""
-    return text if text == "synthetic" else str(Path(text).resolve())
+    """A data set's name, or a folder's whole path, so that eval.py finds it from anywhere."""
+    return text if text in NAMES else whole_path(text)
+
+
+def whole_path(text):
+    return str(Path(text).resolve())
 
 
 def pick_device(name):
@@ -161,8 +169,44 @@ def new_folder(out, settings):
 
 def save_checkpoint(path, **contents):
     """Write beside the old checkpoint and then swap, so that one whole file is always there."""
-    torch.save(contents, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    part = path.with_suffix(".tmp")
+    try:
+        torch.save(contents, part)
+        os.replace(part, path)
+    except (RuntimeError, OSError) as error:  # torch's word for a full disk is a RuntimeError
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written, is the disk full? "
+                      f"{str(error).splitlines()[0]}") from None
+
+
+class Stop:
+    """While it lasts, SIGINT and SIGTERM ask the loop to stop after its step.
+
+    A second SIGINT stops at once.
+    """
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def outlive_the_step(worker):
+    """A terminal's Ctrl-C, or a queue's SIGTERM, goes to the loading processes too; were they gone
+    at once, the parent would fail within the step that it wants to finish.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # seconds; then it ends
 
 
 def write_metrics(path, history):
@@ -175,9 +219,9 @@ def write_metrics(path, history):
 class Progress:
     """The line that shows a run is alive: rewritten in place on a terminal, else one an epoch."""
 
-    def __init__(self, epochs, steps, batch_size, start_epoch):
+    def __init__(self, epochs, steps, batch_size, first_step):
         self.epochs, self.steps, self.batch_size = epochs, steps, batch_size
-        self.first_step = start_epoch * steps
+        self.first_step = first_step
         self.start = self.shown = time.monotonic()
 
     def __call__(self, epoch, step, losses, lr, momentum):
@@ -196,6 +240,31 @@ class Progress:
             columns = shutil.get_terminal_size().columns - 1
             line = f"\r{line[:columns]:<{columns}}"
         print(line, end="\n" if last else "", flush=True)
+
+
+def read_run(folder, given):
+    """(config, checkpoint or None) of a run to go on with; given settings must agree with it."""
+    require((folder / "config.json").is_file(), f"--resume {folder}: no config.json there; give "
+            "the folder of a run")
+    stored = json.loads((folder / "config.json").read_text())
+    free = ("resume", "download", "device", "workers")
+    odd = [name for name in given if name not in free and stored.get(name) != given[name]]
+    require(not odd, f"--resume {folder}: the run was begun with other settings for "
+            f"{', '.join(odd)}; leave them out, or start a new run")
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        return stored, None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        odd = [name for name in stored
+               if name not in free and checkpoint["config"].get(name) != stored[name]]
+    except Exception as error:  # torch.load raises many kinds for a file that is something else
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint of this run: {reason}; without that file "
+                         "--resume starts over") from None
+    require(not odd, f"{path} belongs to another run than its config.json: they differ in "
+            f"{', '.join(odd)}")
+    return stored, checkpoint
 
 
 # --- the run ----------------------------------------------------------------------------------
@@ -218,41 +287,44 @@ def learning_rate(step, warmup, total, peak):
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
-def train(model, settings, data, folder, device, checkpoint=None):
-    """The training loop; changes model in place."""
+def train(model, settings, data, folder, device, stop, checkpoint=None):
+    """The training loop; changes model in place. Whether it came to its end, or was stopped."""
     model.to(device)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
                                   lr=settings["lr"], weight_decay=settings["weight_decay"],
                                   fused=True)
     precision = pick_precision(settings["amp"], device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    history = []
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        history = checkpoint["history"]
 
-    order = EpochOrder(len(data.train), settings["seed"])
+    order = EpochOrder(len(data.train), settings["seed"], settings["batch_size"])
     crop = settings["image_size"], settings["mean"], settings["std"]
     views = TwoViews(data.train, *crop, settings["seed"], settings["crop_min"])
     loader = DataLoader(views, settings["batch_size"], sampler=order, drop_last=True,
                         num_workers=settings["workers"], pin_memory=device.type == "cuda",
-                        persistent_workers=settings["workers"] > 0)
+                        persistent_workers=settings["workers"] > 0,
+                        worker_init_fn=outlive_the_step)
     steps, epochs = len(loader), settings["epochs"]
     total, warmup = steps * epochs, steps * settings["warmup_epochs"]
     peak = settings["lr"] * settings["batch_size"] / 256
     generator = torch.Generator()  # of the random and block masks
-    progress = Progress(epochs, steps, settings["batch_size"], len(history))
+    step, history, losses = 0, [], torch.zeros(3, device=device)  # losses: summed over an epoch
+    if checkpoint:  # every random draw is seeded by its step or sample: no generator to restore
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        step, history = checkpoint["step"], checkpoint["history"]
+        losses += checkpoint["losses"].to(device)
+        write_metrics(folder / "metrics.csv", history)  # cut back to the checkpoint
+
+    progress = Progress(epochs, steps, settings["batch_size"], step)
     unlearnt = 4 * settings["temperature"] * math.log(settings["batch_size"])
     print(f"a branch that has learnt nothing loses {unlearnt:.3f}; from there the loss should fall")
-
     model.train()
-    for epoch in range(len(history), epochs):
-        order.epoch, started = epoch, time.monotonic()
-        losses = torch.zeros(3, device=device)
-        for i, (view1, view2) in enumerate(loader):
-            step = epoch * steps + i
+    while step < total:
+        epoch = step // steps
+        order.epoch, order.first = epoch, step % steps
+        begun, started = step, time.monotonic()
+        for view1, view2 in loader:
             lr = learning_rate(step, warmup, total, peak)
             momentum = momentum_schedule(step, total, settings["momentum"])
             for group in optimizer.param_groups:
@@ -270,18 +342,28 @@ def train(model, settings, data, folder, device, checkpoint=None):
             model.update_momentum(momentum)
 
             losses += torch.stack(output[:3]).detach()
-            progress(epoch, step + 1, lambda: (losses[1:] / (i + 1)).tolist(), lr, momentum)
+            step += 1
+            progress(epoch, step, lambda: (losses[1:] / (step - epoch * steps)).tolist(), lr,
+                     momentum)
+            if stop.asked:
+                break
 
-        mean = (losses / steps).tolist()
-        require(math.isfinite(mean[0]), f"the loss is {mean[0]} in epoch {epoch + 1} at learning "
-                f"rate {lr:.1e}: try a lower --lr or a longer --warmup-epochs")
-        seconds = time.monotonic() - started
-        history.append(dict(zip(COLUMNS, (epoch + 1, step + 1, *mean, lr, momentum,
-                                          steps * settings["batch_size"] / seconds, seconds))))
-        write_metrics(folder / "metrics.csv", history)
+        require(bool(losses.isfinite().all()), f"the loss is not finite by step {step}, learning "
+                f"rate {lr:.1e}: try a lower --lr or a longer --warmup-epochs; the checkpoint in "
+                f"{folder}, if any, is from before")
+        if step % steps == 0:
+            seconds = time.monotonic() - started
+            history.append(dict(zip(COLUMNS, (
+                epoch + 1, step, *(losses / steps).tolist(), lr, momentum,
+                (step - begun) * settings["batch_size"] / seconds, seconds))))
+            write_metrics(folder / "metrics.csv", history)
+            losses.zero_()
         save_checkpoint(folder / "checkpoint.pt", config=settings, model=model.state_dict(),
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                        history=history)
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
+                        history=history, losses=losses)
+        if stop.asked:
+            return False
+    return True
 
 
 def judge(settings, data, model, folder, device):
@@ -303,20 +385,14 @@ def main(argv=None):
     given, defaults = parse_args(argv)
     settings = {**defaults, **given}
     resume, out = settings.pop("resume"), settings.pop("out")
+    settings["data_root"], download = whole_path(settings["data_root"]), settings.pop("download")
     folder, checkpoint = None, None
     if resume != "none":
         folder = Path(resume)
-        require((folder / "config.json").is_file(), f"--resume {folder}: no config.json there; "
-                "give the folder of a run")
-        stored = json.loads((folder / "config.json").read_text())
-        free = ("resume", "device", "workers")
-        odd = [name for name in given if name not in free and stored.get(name) != given[name]]
-        require(not odd, f"--resume {folder}: the run was begun with other settings for "
-                f"{', '.join(odd)}; leave them out, or start a new run")
-        settings = {**settings, **stored, **{n: given[n] for n in free[1:] if n in given}}
-        if (folder / "checkpoint.pt").is_file():
-            checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    data = load_data(settings["data"])
+        stored, checkpoint = read_run(folder, given)
+        settings = {**settings, **stored,
+                    **{name: given[name] for name in ("device", "workers") if name in given}}
+    data = load_data(settings["data"], settings["data_root"], download)
     device = pick_device(settings["device"])
     settle(settings, device, len(data.train))
     model = build_model(settings)
@@ -326,16 +402,22 @@ def main(argv=None):
     print(f"{settings['method']} on {len(data.train)} pictures of {settings['data']}, "
           f"{settings['arch']} at {settings['image_size']} px, on {device}, into {folder}")
     try:
-        train(model, settings, data, folder, device, checkpoint)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; go on from the last whole epoch with: "
-                 f"python train.py --resume {folder}")
+        with Stop() as stop:
+            finished = train(model, settings, data, folder, device, stop, checkpoint)
+    except RuntimeError as error:  # torch has a class for a GPU's memory, none for a CPU's
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise ValueError(f"out of memory at --batch-size {settings['batch_size']} and --image-size "
+                         f"{settings['image_size']}: give a smaller one") from None
+    if not finished:
+        sys.exit(f"\nstopped and saved; go on with: python train.py --resume {folder}")
     judge(settings, data, model, folder, device)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # for people: one line, no traceback
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, OSError, KeyboardInterrupt) as error:  # for people: one line, no traceback
+        print(f"train.py: {one_line(error)}", file=sys.stderr)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(2)  # not sys.exit, which waits for the loading processes; they follow by themselves

@@ -68,18 +68,20 @@ class EpochOrder(Sampler):
     """(epoch, index) pairs in an order seeded by (seed, epoch); set .epoch before each epoch.
 
     The epoch travels with the index, since workers that stay alive keep the data set they began
-    with.
+    with. first: the batch to begin with, for an epoch that was stopped half-way.
     """
 
-    def __init__(self, length, seed):
-        self.length, self.seed, self.epoch = length, seed, 0
+    def __init__(self, length, seed, batch_size=1):
+        self.length, self.seed, self.batch_size = length, seed, batch_size
+        self.epoch = self.first = 0
 
     def __len__(self):
         return self.length
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        for index in torch.randperm(self.length, generator=generator).tolist():
+        order = torch.randperm(self.length, generator=generator).tolist()
+        for index in order[self.first * self.batch_size:]:
             yield self.epoch, index
 
 

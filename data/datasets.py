@@ -1,16 +1,20 @@
-"""The data sets by name: the embedded birds, or any folder of pictures."""
+"""The data sets by name: the embedded birds, those of the paper, or any folder of pictures."""
 
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets import Caltech101, FGVCAircraft, ImageFolder, StanfordCars
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.birds import Birds
+from data.cub import CUB
+from data.pictures import Pictures, open_picture
 
 TRAIN_BIRDS, TEST_BIRDS = 2000, 1000
+CALTECH_TRAIN = 30  # pictures of a class, the usual protocol
 SMALL = 32 * 2**20  # bytes on disk: a training set up to this stays decoded in memory
 
 
@@ -24,8 +28,8 @@ class Data(NamedTuple):
 
 @lru_cache(maxsize=None)
 def read_once(path):
-    """default_loader with a memory: decoding costs about as much as the augmentation does."""
-    return default_loader(path)
+    """open_picture with a memory: decoding costs about as much as the augmentation does."""
+    return open_picture(path)
 
 
 class FlatFolder(ImageFolder):
@@ -57,13 +61,13 @@ def load_folder(root):
     try:
         labelled = all(split is not None and split != root and folders_of_pictures(split)
                        for split in (train, test))
-        pictures = ImageFolder(train) if labelled else FlatFolder(train)
+        pictures = (ImageFolder if labelled else FlatFolder)(train, loader=open_picture)
         if sum(Path(path).stat().st_size for path, _ in pictures.samples) <= SMALL:
             pictures.loader = read_once
         if not labelled:
             return Data(pictures, None, f"{root} has no train/ and test/ (or val/) with a folder "
                         "for each class: training without evaluation (layout: data/README.md)")
-        data = Data(pictures, ImageFolder(test))
+        data = Data(pictures, ImageFolder(test, loader=open_picture))
     except FileNotFoundError as error:  # torchvision's word for a folder without pictures
         raise ValueError(f"--data {root}: {str(error).splitlines()[0]}") from None
     if data.train.classes != data.test.classes:
@@ -73,8 +77,63 @@ def load_folder(root):
     return data
 
 
-def load_data(name):
-    """`synthetic` or a folder -> Data."""
+def load_aircraft(root, download):
+    """100 variants, the official trainval and test; the banner below each picture stays."""
+    return [FGVCAircraft(root, split, download=download, loader=open_picture)
+            for split in ("trainval", "test")]
+
+
+def load_cars(root, download):
+    if download:
+        raise ValueError("--download: the source of Stanford Cars is gone; get the files elsewhere")
+    return [StanfordCars(root, split, loader=open_picture) for split in ("train", "test")]
+
+
+def load_caltech101(root, download):
+    """Caltech-101 has no official split: 30 pictures of each class to train on, drawn by seed 0.
+
+    torchvision finds the pictures; opened here, as its own class needs scipy and leaves the grey
+    ones grey.
+    """
+    if not download and not (Path(root) / "caltech101").is_dir():  # torchvision would make it
+        raise RuntimeError("no such folder")
+    found = Caltech101(root, download=download)
+    labels = torch.tensor(found.y)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    splits = [], []
+    for label in range(len(found.categories)):
+        own = shuffled[labels[shuffled] == label].tolist()
+        splits[0].extend(sorted(own[:CALTECH_TRAIN]))
+        splits[1].extend(sorted(own[CALTECH_TRAIN:]))
+    folder = Path(found.root) / "101_ObjectCategories"
+    paths = [folder / found.categories[y] / f"image_{i:04d}.jpg"
+             for y, i in zip(found.y, found.index)]
+    return [Pictures([paths[i] for i in split], [found.y[i] for i in split], found.categories)
+            for split in splits]
+
+
+# name: (reader of [train, test], what it expects below --data-root)
+NAMED = {
+    "cub": (lambda root, download: [CUB(root, split, download) for split in ("train", "test")],
+            "CUB_200_2011/images.txt and what else the archive holds"),
+    "aircraft": (load_aircraft, "fgvc-aircraft-2013b/data/"),
+    "cars": (load_cars, "stanford_cars/ with cars_train/, cars_test/, devkit/cars_meta.mat, "
+             "devkit/cars_train_annos.mat and cars_test_annos_withlabels.mat"),
+    "caltech101": (load_caltech101, "caltech101/101_ObjectCategories/"),
+}
+NAMES = ("synthetic", *NAMED)
+
+
+def load_data(name, root="datasets", download=False):
+    """`synthetic`, a data set of the paper below root, or a folder -> Data."""
     if name == "synthetic":
         return Data(Birds("train", TRAIN_BIRDS), Birds("test", TEST_BIRDS))
-    return load_folder(name)
+    if name not in NAMED:
+        return load_folder(name)
+    read, expected = NAMED[name]
+    try:
+        return Data(*read(root, download))
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--data {name}: {reason}; expected in --data-root {root}: {expected} "
+                         "(see data/README.md)") from None

@@ -67,7 +67,7 @@ def test_strength_is_chosen_on_what_was_held_out(monkeypatch):
     test = torch.randn(400, 100)
     test[:, 0] += 2.5 * (torch.arange(400) % 2)
     result = judging.linear_probe((features, labels), (test, torch.arange(400) % 2))
-    assert result["strength"] >= 0.1
+    assert result["strength"] >= 0.01
 
 
 def test_linear_probe_never_fits_the_test_set():
@@ -129,8 +129,9 @@ def test_localisation_of_masks_that_are_known(monkeypatch):
         monkeypatch.setattr(judging, "importance_of", lambda e, batch, name: sign * shares)
         ratio = judging.localisation(encoder, birds, keep_ratio=0.3)
         kept = shares.sort(1, descending=sign > 0).values[:, :10]
-        assert ratio["bird"] == pytest.approx((kept.mean() / shares.mean()).item(), rel=1e-5)
-        assert (ratio["bird"] > 2) == (ratio["parts"] > 1.5) == (sign > 0)
+        assert ratio["object"] == pytest.approx((kept.mean() / shares.mean()).item(), rel=1e-5)
+        assert (ratio["object"] > 2) == (ratio["parts"] > 1.5) == (sign > 0)
+        assert (ratio["pointing_game"] > 0.95) == (sign > 0)
 
 
 def test_masks_picture_shows_picture_heat_and_kept_patches(tmp_path):

@@ -1,0 +1,98 @@
+"""Picture files as people have them: read with the right pixels, or one line that names the file."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.pictures import open_picture
+
+ROOT = Path(__file__).parent.parent
+RED = (200, 30, 40)
+
+
+def grey16(path):
+    Image.fromarray(np.full((20, 30), 40_000, np.uint16)).save(path)
+
+
+def palette(path, **options):
+    Image.new("RGB", (30, 20), RED).quantize(4).save(path, **options)
+
+
+def rotated(path):
+    """Stored lying, to be shown turned by 90 degrees: its upper left is the shown upper right."""
+    picture = Image.new("RGB", (32, 16), RED)
+    picture.paste((0, 0, 255), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(path, exif=exif, quality=100)
+
+
+GOOD = {  # name: (how it is written, size, colour of the lower right pixel)
+    "plain.jpg": (lambda p: Image.new("RGB", (30, 20), RED).save(p, quality=100), (30, 20), RED),
+    "grey.jpg": (lambda p: Image.new("L", (30, 20), 90).save(p), (30, 20), (90,) * 3),
+    "grey16.png": (grey16, (30, 20), (40_000 >> 8,) * 3),
+    "palette.png": (palette, (30, 20), RED),
+    "transparent.png": (lambda p: palette(p, transparency=0), (30, 20), RED),
+    "rgba.png": (lambda p: Image.new("RGBA", (30, 20), (*RED, 128)).save(p), (30, 20), RED),
+    "cmyk.jpg": (lambda p: Image.new("RGB", (30, 20), RED).convert("CMYK").save(p, quality=100),
+                 (30, 20), RED),
+    "rotated.jpg": (rotated, (16, 32), RED),
+    "one.png": (lambda p: Image.new("RGB", (1, 1), RED).save(p), (1, 1), RED),
+    "wide.png": (lambda p: Image.new("RGB", (20_000, 10), RED).save(p), (20_000, 10), RED),
+    "ein größeres Bild 花.jpg": (lambda p: Image.new("RGB", (30, 20), RED).save(p, quality=100),
+                              (30, 20), RED),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_can_be_read_has_the_right_pixels(name, tmp_path):
+    write, size, colour = GOOD[name]
+    write(tmp_path / name)
+    picture = open_picture(tmp_path / name)
+    assert picture.mode == "RGB" and picture.size == size
+    pixels = np.asarray(picture).astype(int)
+    assert np.abs(pixels[-1, -1] - colour).max() <= 3
+    if name == "rotated.jpg":
+        assert pixels[0, -1, 2] > 200 and pixels[0, 0, 2] < 100
+
+
+def broken(path, kind):
+    if kind == "truncated":
+        whole = path.with_suffix(".whole.jpg")
+        Image.effect_noise((80, 60), 90).save(whole)
+        path.write_bytes(whole.read_bytes()[:1500])
+        whole.unlink()
+    else:
+        path.write_bytes(b"" if kind == "empty" else b"not a picture\n")
+
+
+@pytest.mark.parametrize("kind, workers", [("truncated", "2"), ("empty", "0"), ("text", "0")])
+def test_what_cannot_be_read_stops_with_one_line_and_its_path(kind, workers, flowers):
+    bad = flowers / "train" / "class 1" / "bad one.jpg"
+    broken(bad, kind)
+    with pytest.raises(ValueError, match="bad one.jpg"):
+        open_picture(bad)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--data", flowers, "--image-size", "16", "--epochs",
+         "1", "--batch-size", "12", "--workers", workers, "--device", "cpu"],
+        capture_output=True, text=True, timeout=200, cwd=flowers.parent)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and str(bad) in done.stderr
+
+
+def test_a_folder_of_every_kind_of_picture_trains(tmp_path, monkeypatch):
+    import train
+    for split in ("train", "test"):
+        for label in ("a", "b c"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for name, (write, _, _) in GOOD.items():
+                write(folder / name)
+    monkeypatch.chdir(tmp_path)
+    train.main(["--data", "data", "--image-size", "16", "--epochs", "1", "--batch-size", "8",
+                "--workers", "0", "--device", "cpu"])
+    assert (tmp_path / "runs" / "data-lodisc-1" / "eval.json").is_file()

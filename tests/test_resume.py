@@ -1,0 +1,170 @@
+"""Nothing lost: runs that are killed, stopped, or find their disk full."""
+
+import csv
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--warmup-epochs", "1",
+         "--batch-size", "12", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rows(folder):
+    with open(Path(folder) / "metrics.csv", newline="") as file:
+        return [[row[name] for name in ("epoch", "step", "total", "lr")]
+                for row in csv.DictReader(file)]
+
+
+def begin(*arguments):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, arguments)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_epochs(process, count):
+    """Read what the run prints until so many more epochs are done; False at its end."""
+    for line in process.stdout:
+        count -= line.startswith("epoch")
+        if count == 0:
+            return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers, kills", [(0, 20), (1, 3), (2, 3)])
+def test_a_run_killed_at_any_moment_ends_where_an_uninterrupted_one_ends(flowers, workers, kills):
+    rng = random.Random(workers)
+    options = ["--data", flowers / "train", *SMALL, "--epochs", 4 * kills + 4,
+               "--workers", workers]
+    process = begin(*options, "--out", "killed")
+    for _ in range(kills):
+        assert wait_for_epochs(process, rng.randint(1, 3))
+        time.sleep(rng.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process = begin("--resume", "killed")
+    output, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    train.main([*map(str, options), "--out", "whole"])
+    assert same(weights("killed"), weights("whole"))
+    assert rows("killed") == rows("whole")
+    assert sorted(p.name for p in Path("killed").iterdir()) == \
+        ["checkpoint.pt", "config.json", "metrics.csv"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_end_of_the_step(flowers, number):
+    """To the whole group, as a terminal's Ctrl-C: the loading processes must outlive it."""
+    options = ["--data", flowers / "train", *SMALL, "--epochs", 300, "--workers", 2]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, options), "--out", "stopped"], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    assert wait_for_epochs(process, 2)
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode != 0 and "Traceback" not in error
+    assert "python train.py --resume stopped" in error
+    checkpoint = torch.load("stopped/checkpoint.pt", weights_only=True)
+    assert 6 <= checkpoint["step"] < 900
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
+def test_a_run_stopped_within_an_epoch_goes_on_from_that_step(flowers, monkeypatch, stop_at):
+    options = ["--data", str(flowers / "train"), *SMALL, "--epochs", "2", "--workers", "0",
+               "--mask", "random", "--out"]
+    train.main([*options, "whole"])
+    done, real = [], train.LoDisc.update_momentum
+
+    def step_then_signal(self, m):
+        real(self, m)
+        done.append(m)
+        if len(done) == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train.LoDisc, "update_momentum", step_then_signal)
+    with pytest.raises(SystemExit, match="--resume part"):
+        train.main([*options, "part"])
+    assert len(done) == stop_at
+    assert torch.load("part/checkpoint.pt", weights_only=True)["step"] == stop_at
+    train.main(["--resume", "part"])
+    assert len(done) == 6  # no step twice
+    assert same(weights("whole"), weights("part")) and rows("whole") == rows("part")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_stands_in_a_run_is_cut_back_or_refused(flowers):
+    options = ["--data", str(flowers / "train"), *SMALL, "--epochs", "2", "--workers", "0", "--out"]
+    train.main([*options, "run"])
+    whole, table = weights("run"), rows("run")
+    with open("run/metrics.csv", "a") as file:
+        file.write("3,9,half a li")
+    train.main(["--resume", "run"])  # nothing left to do
+    assert rows("run") == table
+    (Path("run") / "checkpoint.pt").unlink()
+    Path("run/metrics.csv").write_bytes(b"\xff\x00 damaged")
+    train.main(["--resume", "run"])  # from the beginning
+    assert same(whole, weights("run")) and rows("run") == table
+
+    train.main([*options, "wide", "--arch", "vit_tiny"])
+    (Path("run") / "checkpoint.pt").write_bytes((Path("wide") / "checkpoint.pt").read_bytes())
+    with pytest.raises(ValueError, match="arch"):
+        train.main(["--resume", "run"])
+    (Path("run") / "checkpoint.pt").write_bytes(b"half a checkpoint")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        train.main(["--resume", "run"])
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(flowers):
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--data", flowers / "train", *SMALL, "--epochs", "1",
+         "--workers", "0", "--out", "full"], capture_output=True, text=True,
+        preexec_fn=small_files)
+    assert done.returncode == 2 and re.fullmatch(r"train\.py: .*checkpoint\.pt.*\n", done.stderr)
+    assert sorted(p.name for p in Path("full").iterdir()) == ["config.json", "metrics.csv"]
+
+
+def test_a_read_only_folder_is_one_line(flowers, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root, as in a container, may write anywhere
+    with pytest.raises(OSError, match="Permission denied.*run"):
+        train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", "--out", "run"])
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried", "DefaultCPUAllocator: can't "
+                                     "allocate memory: you tried"])
+def test_out_of_memory_names_batch_and_size(flowers, monkeypatch, message):
+    def full(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(train.LoDisc, "query", full)
+    with pytest.raises(ValueError, match="--batch-size 12 and --image-size 16"):
+        train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", "--workers", "0"])
