@@ -296,7 +296,7 @@ def train(model, settings, data, folder, device, stop, checkpoint=None):
     precision = pick_precision(settings["amp"], device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
-    order = EpochOrder(len(data.train), settings["seed"], settings["batch_size"])
+    order = EpochOrder(len(data.train), settings["seed"])
     crop = settings["image_size"], settings["mean"], settings["std"]
     views = TwoViews(data.train, *crop, settings["seed"], settings["crop_min"])
     loader = DataLoader(views, settings["batch_size"], sampler=order, drop_last=True,
@@ -322,7 +322,7 @@ def train(model, settings, data, folder, device, stop, checkpoint=None):
     model.train()
     while step < total:
         epoch = step // steps
-        order.epoch, order.first = epoch, step % steps
+        order.epoch, order.first = epoch, step % steps * settings["batch_size"]
         begun, started = step, time.monotonic()
         for view1, view2 in loader:
             lr = learning_rate(step, warmup, total, peak)

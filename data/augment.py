@@ -68,11 +68,11 @@ class EpochOrder(Sampler):
     """(epoch, index) pairs in an order seeded by (seed, epoch); set .epoch before each epoch.
 
     The epoch travels with the index, since workers that stay alive keep the data set they began
-    with. first: the batch to begin with, for an epoch that was stopped half-way.
+    with. first: the place in the order to begin at, for an epoch that was stopped half-way.
     """
 
-    def __init__(self, length, seed, batch_size=1):
-        self.length, self.seed, self.batch_size = length, seed, batch_size
+    def __init__(self, length, seed):
+        self.length, self.seed = length, seed
         self.epoch = self.first = 0
 
     def __len__(self):
@@ -81,7 +81,7 @@ class EpochOrder(Sampler):
     def __iter__(self):
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator).tolist()
-        for index in order[self.first * self.batch_size:]:
+        for index in order[self.first:]:
             yield self.epoch, index
 
 

@@ -1,6 +1,7 @@
 """Shared by all tests: a seed, hypothesis without deadlines, a small folder of pictures."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,20 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Runs go into tests' own folders."""
+    monkeypatch.chdir(tmp_path)
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture

@@ -60,14 +60,14 @@ def test_linear_probe_is_fitted_again_on_all_of_train(monkeypatch):
     assert sizes[:-1] == [(72, [18] * 4, strength) for strength in judging.STRENGTHS]
 
 
-def test_strength_is_chosen_on_what_was_held_out(monkeypatch):
+def test_strength_is_chosen_on_what_was_held_out():
     """Noise fits itself best without a penalty; what was held out wants the strongest one."""
     features, labels = torch.randn(120, 100), torch.arange(120) % 2
-    features[:, 0] += 2.5 * labels
+    features[:, 0] += 0.5 * labels
     test = torch.randn(400, 100)
-    test[:, 0] += 2.5 * (torch.arange(400) % 2)
+    test[:, 0] += 0.5 * (torch.arange(400) % 2)
     result = judging.linear_probe((features, labels), (test, torch.arange(400) % 2))
-    assert result["strength"] >= 0.01
+    assert result["strength"] >= 0.1
 
 
 def test_linear_probe_never_fits_the_test_set():

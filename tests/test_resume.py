@@ -15,23 +15,12 @@ import pytest
 import torch
 
 import train
+from conftest import same, weights
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(__file__).parent.parent
 SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--warmup-epochs", "1",
          "--batch-size", "12", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def weights(folder):
-    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["model"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def rows(folder):
