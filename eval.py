@@ -2,6 +2,7 @@
 
     python eval.py all runs/synthetic-lodisc-1
     python eval.py masks runs/synthetic-lodisc-1 [my-picture.jpg ...]
+    python eval.py export runs/synthetic-lodisc-1
 
 Features are the class token of the online encoder on a centre crop. Every figure goes to the
 table on screen and into eval.json beside the checkpoint. Nothing is ever chosen on the test set.
@@ -231,7 +232,8 @@ def write_masks(encoder, pictures, config, path):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["linear", "knn", "retrieval", "all", "masks"])
+    parser.add_argument("what", choices=["linear", "knn", "retrieval", "all", "masks",
+                                         "export"])
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or its checkpoint.pt")
     parser.add_argument("images", nargs="*", type=Path,
                         help="masks: picture files instead of eight test pictures")
@@ -242,8 +244,8 @@ def parse_args(argv=None):
                         help="judge the momentum encoder; masks always show that one")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--workers", type=int, default=2, help="loading processes; default: 2")
-    parser.add_argument("--out", type=Path,
-                        help="masks: a new PNG; default: masks.png beside the checkpoint")
+    parser.add_argument("--out", type=Path, help="a new file; default: masks.png, for export "
+                        "encoder.pth, beside the checkpoint")
     return parser.parse_args(argv)
 
 
@@ -283,10 +285,22 @@ def masks_command(args, folder, config):
     print(f"wrote {out}")
 
 
+def export(encoder, path):
+    """The encoder's weights alone, by timm's names, as torch.save writes them."""
+    require(not path.exists(), f"{path} exists; give another --out")
+    torch.save(encoder.state_dict(), path)
+    print(f"wrote {path}: timm.models.VisionTransformer(img_size={encoder.image_size}, "
+          f"patch_size={encoder.patch_size}, embed_dim={encoder.dim}, depth={len(encoder.blocks)}, "
+          f"num_heads={encoder.blocks[0].attn.heads}, num_classes=0) takes it; pictures normalised "
+          f"by mean {encoder.mean}, std {encoder.std}")
+
+
 def main(argv=None):
     args = parse_args(argv)
     folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
     encoder = load_encoder(args.checkpoint, momentum=args.momentum)
+    if args.what == "export":
+        return export(encoder, args.out or folder / "encoder.pth")
     config = json.loads((folder / "config.json").read_text())
     args.data = args.data or config["data"]
     args.data_root = args.data_root or config.get("data_root", "datasets")

@@ -12,7 +12,8 @@ Read it from top to bottom; the order is that of the paper's overview figure:
 
 The method is MoCo v3 on a ViT plus a local branch: the momentum encoder sees the picture once
 more with only its pivotal patches, and the online encoder's view of the OTHER augmentation must
-match it. Nothing here knows of devices, processes, files of pictures or optimisers.
+match it. Nothing here knows of devices, files of pictures or optimisers; of several processes,
+only `gather` does.
 
 Letters in shape comments: B images, N patches of an image, D features, h heads, d = D / h,
 k kept patches, C the contrastive space.
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -38,6 +40,7 @@ ARCHITECTURES = {
     "vit_nano": dict(dim=96, depth=4, heads=3),  # for CPU runs; not a published size
     "vit_tiny": dict(dim=192, depth=12, heads=3),
     "vit_small": dict(dim=384, depth=12, heads=6),
+    "vit_small_moco": dict(dim=384, depth=12, heads=12),  # MoCo v3's own ViT-S
     "vit_base": dict(dim=768, depth=12, heads=12),
 }
 METHODS = ("lodisc", "global", "local")
@@ -50,6 +53,11 @@ def require(condition, message):
     """Raise ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def widen(x: Tensor) -> Tensor:
@@ -498,6 +506,19 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, offset: 
         return 2 * temperature * F.cross_entropy(logits, positives)
 
 
+@torch.no_grad()
+def gather(keys: Tensor) -> tuple[Tensor, int]:
+    """Keys (B, C) of all processes by rank, (processes * B, C), and at which row one's own begin.
+
+    Without a process group: the keys as they are, and 0. Every process must have as many.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return keys, 0
+    everyone = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, keys.contiguous())
+    return torch.cat(everyone), dist.get_rank() * len(keys)
+
+
 class LoDiscOutput(NamedTuple):
     total: Tensor
     global_loss: Tensor  # 0 where the method has no such branch
@@ -607,7 +628,8 @@ class LoDisc(nn.Module):
         return choose(importance, self.keep_ratio, check=False)
 
     def contrast(self, query, key):
-        return contrastive_loss(query, key, self.temperature)
+        keys, offset = gather(key)  # the other processes' images are negatives too
+        return contrastive_loss(query, keys, self.temperature, offset)
 
     def update_momentum(self, m):
         """Move the momentum side towards the online one; the training loop calls it each step."""
@@ -640,6 +662,5 @@ def load_encoder(path, momentum: bool = False) -> VisionTransformer:
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}") from None
     except Exception as error:  # torch.load raises many kinds for a file that is something else
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of train.py: {reason}") from None
+        raise ValueError(f"{path} is not a checkpoint of train.py: {first_line(error)}") from None
     return encoder.eval()

@@ -2,31 +2,36 @@
 
     python train.py                            the embedded birds, a few minutes on a CPU
     python train.py --data DIR                 a folder of pictures, see data/README.md
+    torchrun --nproc_per_node=8 train.py ...   a process for each of eight GPUs
 
 A run writes config.json, metrics.csv and checkpoint.pt into its folder; eval.py reads them.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
-import shutil
-import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: idle threads do not spin
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.utils.data import DataLoader
 
-from data.augment import EpochOrder, TwoViews, mix_seed
+from data.augment import EpochOrder, Plain, TwoViews, mix_seed
 from data.datasets import NAMES, load_data
-from eval import RawPixels, evaluate, merge_json, one_line, table
+from data.run import (COLUMNS, NEW_RUN, Progress, Stop, new_folder, outlive_the_step, read_run,
+                      save_checkpoint, write_metrics)
+from data.weights import load_published
+from eval import RawPixels, evaluate, importance_of, merge_json, one_line, table
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
-                    METHODS, LoDisc, create_vit, momentum_schedule, require)
+                    METHODS, LoDisc, create_vit, first_line, location_mask, momentum_schedule,
+                    require)
 
 # What stands where the command line leaves it open: for the birds, for a folder on a CPU (where
 # the epochs are those that show the encoder CPU_IMAGES pictures), for a folder on a GPU.
@@ -39,9 +44,8 @@ RECIPES = {
                 batch_size=256, lr=1e-3, momentum=0.99),
 }
 CPU_IMAGES = 50_000
-NEW_RUN = "runs/<data>-<method>-<n>"
-COLUMNS = ("epoch", "step", "total", "global_loss", "local_loss", "lr", "momentum",
-           "images_per_second", "seconds")
+FILM = 8  # so many pictures, whose masks are kept at so many moments of the run
+CHECK_EVERY = 50  # steps between looks whether the loss is finite, for which a GPU has to wait
 
 
 # --- settings ---------------------------------------------------------------------------------
@@ -76,6 +80,10 @@ def parse_args(argv=None):
     add("--arch", None, "encoder", "vit_base", choices=list(ARCHITECTURES))
     add("--image-size", None, "pixels a side", 224, type=int)
     add("--patch-size", None, "pixels a side", 16, type=int)
+    add("--init", "none", "published weights: a file, or imagenet for torchvision's, with labels; "
+        "positions and patch projection then train", "imagenet", type=init_name)
+    add("--init-momentum", False, "take the file's momentum (or teacher's) encoder",
+        action="store_true")
     add("--epochs", None, "passes over the pictures", 100, type=int)
     add("--warmup-epochs", None, "of linearly rising learning rate", 0, type=int)
     add("--batch-size", None, "images a step", 32, type=int)
@@ -99,6 +107,10 @@ def data_name(text):
     return text if text in NAMES else whole_path(text)
 
 
+def init_name(text):
+    return text if text in ("none", "imagenet") else whole_path(text)
+
+
 def whole_path(text):
     return str(Path(text).resolve())
 
@@ -107,10 +119,12 @@ def pick_device(name):
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available()
                 else "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and dist.is_torchelastic_launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: a GPU for each process
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name}: {first_line(error)}") from None
 
 
 def pick_precision(amp, device):
@@ -123,7 +137,7 @@ def pick_precision(amp, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
-def settle(settings, device, num_images):
+def settle(settings, device, num_images, processes):
     """Fill in what the command line left open, and say what was chosen for a folder; check."""
     settings["mean"], settings["std"] = list(IMAGENET_MEAN), list(IMAGENET_STD)
     on_birds = settings["data"] == "synthetic"
@@ -145,135 +159,62 @@ def settle(settings, device, num_images):
                 f"got {settings[name]}")
     require(settings["batch_size"] <= num_images, f"--batch-size {settings['batch_size']} is more "
             f"than the {num_images} training pictures; give a smaller one")
+    require(settings["batch_size"] % processes == 0 and settings["batch_size"] >= 2 * processes,
+            f"--batch-size {settings['batch_size']} must divide among {processes} processes, two "
+            "images or more for each")
 
 
-def new_folder(out, settings):
-    """Make the run's folder; what exists is never written to."""
-    if out != NEW_RUN:
-        require(not Path(out).exists(), f"--out {out} exists; give another name, or go on with it "
-                f"by --resume {out}")
-        Path(out).mkdir(parents=True)
-        return Path(out)
-    stem = f"{Path(settings['data']).resolve().name}-{settings['method']}"
-    for n in range(1, sys.maxsize):
-        folder = Path("runs") / f"{stem}-{n}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
+# --- several processes ------------------------------------------------------------------------
 
 
-# --- what a run leaves behind -----------------------------------------------------------------
+def join_processes(device):
+    """(rank, number) of this process among those that torchrun started; alone it is 0 of 1.
 
-
-def save_checkpoint(path, **contents):
-    """Write beside the old checkpoint and then swap, so that one whole file is always there."""
-    part = path.with_suffix(".tmp")
-    try:
-        torch.save(contents, part)
-        os.replace(part, path)
-    except (RuntimeError, OSError) as error:  # torch's word for a full disk is a RuntimeError
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written, is the disk full? "
-                      f"{str(error).splitlines()[0]}") from None
-
-
-class Stop:
-    """While it lasts, SIGINT and SIGTERM ask the loop to stop after its step.
-
-    A second SIGINT stops at once.
+    Only rank 0 prints and writes.
     """
-
-    def __enter__(self):
-        self.asked = False
-        self.before = {number: signal.signal(number, self.ask)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number, frame):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # gloo on CUDA too, beside NCCL: for what the processes agree on without waiting for the GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size()
 
 
-def outlive_the_step(worker):
-    """A terminal's Ctrl-C, or a queue's SIGTERM, goes to the loading processes too; were they gone
-    at once, the parent would fail within the step that it wants to finish.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # not on Windows
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # seconds; then it ends
+@contextmanager
+def rank_0_first(rank):
+    """What may download or unpack is done by one process, before the others find it done."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
 
 
-def write_metrics(path, history):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(history)
-
-
-class Progress:
-    """The line that shows a run is alive: rewritten in place on a terminal, else one an epoch."""
-
-    def __init__(self, epochs, steps, batch_size, first_step):
-        self.epochs, self.steps, self.batch_size = epochs, steps, batch_size
-        self.first_step = first_step
-        self.start = self.shown = time.monotonic()
-
-    def __call__(self, epoch, step, losses, lr, momentum):
-        """step counts from the run's beginning; losses: a function, as reading them is a wait."""
-        now, last = time.monotonic(), step % self.steps == 0
-        if not last and not (sys.stdout.isatty() and now - self.shown > 1):
-            return
-        self.shown, done = now, step - self.first_step
-        pace = (now - self.start) / done
-        left = round(pace * (self.epochs * self.steps - step))
-        global_loss, local_loss = losses()
-        line = (f"epoch {epoch + 1}/{self.epochs}  step {step}  global {global_loss:.3f}  "
-                f"local {local_loss:.3f}  lr {lr:.1e}  m {momentum:.4f}  "
-                f"{self.batch_size / pace:.0f} images/s  {left // 60}:{left % 60:02d} left")
-        if sys.stdout.isatty():  # one line of the terminal: what wraps cannot be written over
-            columns = shutil.get_terminal_size().columns - 1
-            line = f"\r{line[:columns]:<{columns}}"
-        print(line, end="\n" if last else "", flush=True)
-
-
-def read_run(folder, given):
-    """(config, checkpoint or None) of a run to go on with; given settings must agree with it."""
-    require((folder / "config.json").is_file(), f"--resume {folder}: no config.json there; give "
-            "the folder of a run")
-    stored = json.loads((folder / "config.json").read_text())
-    free = ("resume", "download", "device", "workers")
-    odd = [name for name in given if name not in free and stored.get(name) != given[name]]
-    require(not odd, f"--resume {folder}: the run was begun with other settings for "
-            f"{', '.join(odd)}; leave them out, or start a new run")
-    path = folder / "checkpoint.pt"
-    if not path.is_file():
-        return stored, None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        odd = [name for name in stored
-               if name not in free and checkpoint["config"].get(name) != stored[name]]
-    except Exception as error:  # torch.load raises many kinds for a file that is something else
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint of this run: {reason}; without that file "
-                         "--resume starts over") from None
-    require(not odd, f"{path} belongs to another run than its config.json: they differ in "
-            f"{', '.join(odd)}")
-    return stored, checkpoint
+def distribute(model, device):
+    """The model whose backward averages the gradients over all processes."""
+    if not dist.is_initialized():
+        return model
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its BatchNorms, in place
+    else:
+        print("on a CPU, the heads' BatchNorm sees each process's share of the batch by itself")
+    return nn.parallel.DistributedDataParallel(model)
 
 
 # --- the run ----------------------------------------------------------------------------------
 
 
 def build_model(settings):
-    """The untrained model; a function of the settings alone."""
+    """The model before training; a function of the settings alone."""
     torch.manual_seed(settings["seed"])
-    encoder = create_vit(settings["arch"], settings["image_size"], settings["patch_size"])
+    init = settings["init"] != "none"
+    encoder = create_vit(settings["arch"], settings["image_size"], settings["patch_size"],
+                         learned_positions=init, train_projection=init)
+    if init:
+        print(load_published(encoder, settings["init"], settings["init_momentum"]))
     nano = settings["arch"] == "vit_nano"
     return LoDisc(encoder, settings["method"], settings["mask"], settings["importance"],
                   settings["local_input"], settings["keep_ratio"], settings["temperature"],
@@ -287,54 +228,77 @@ def learning_rate(step, warmup, total, peak):
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
-def train(model, settings, data, folder, device, stop, checkpoint=None):
+def filmed(settings, data):
+    """(pictures (8, 3, H, W) from all over the training set, epochs after which they are filmed)."""
+    crop = settings["image_size"], settings["mean"], settings["std"]
+    plain, n = Plain(data.train, *crop), len(data.train)
+    pictures = torch.stack([plain[i * n // FILM][0] for i in range(FILM)])
+    return pictures, {round(i * settings["epochs"] / (FILM - 1)) for i in range(FILM)}
+
+
+@torch.no_grad()
+def pivotal_masks(model, pictures):
+    """Where the momentum encoder looks now: pictures (n, 3, H, W) -> bool (n, N) on the CPU."""
+    importance = importance_of(model.momentum_encoder, pictures, model.importance)
+    return location_mask(importance, model.keep_ratio, check=False)
+
+
+def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, processes=1):
     """The training loop; changes model in place. Whether it came to its end, or was stopped."""
     model.to(device)
+    parallel = distribute(model, device)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
                                   lr=settings["lr"], weight_decay=settings["weight_decay"],
                                   fused=True)
     precision = pick_precision(settings["amp"], device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
-    order = EpochOrder(len(data.train), settings["seed"])
+    # batches hold the same pictures for any number of processes, each of which takes its share
+    order = EpochOrder(len(data.train), settings["batch_size"], settings["seed"], rank, processes)
     crop = settings["image_size"], settings["mean"], settings["std"]
     views = TwoViews(data.train, *crop, settings["seed"], settings["crop_min"])
-    loader = DataLoader(views, settings["batch_size"], sampler=order, drop_last=True,
-                        num_workers=settings["workers"], pin_memory=device.type == "cuda",
+    loader = DataLoader(views, batch_sampler=order, num_workers=settings["workers"],
+                        pin_memory=device.type == "cuda",
                         persistent_workers=settings["workers"] > 0,
                         worker_init_fn=outlive_the_step)
-    steps, epochs = len(loader), settings["epochs"]
+    pictures, moments = filmed(settings, data)
+    pictures = pictures.to(device)
+    steps, epochs = order.steps, settings["epochs"]
     total, warmup = steps * epochs, steps * settings["warmup_epochs"]
     peak = settings["lr"] * settings["batch_size"] / 256
     generator = torch.Generator()  # of the random and block masks
     step, history, losses = 0, [], torch.zeros(3, device=device)  # losses: summed over an epoch
-    if checkpoint:  # every random draw is seeded by its step or sample: no generator to restore
+    film = [(0, pivotal_masks(model, pictures))]
+    if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        step, history = checkpoint["step"], checkpoint["history"]
+        step, history, film = (checkpoint[name] for name in ("step", "history", "film"))
         losses += checkpoint["losses"].to(device)
-        write_metrics(folder / "metrics.csv", history)  # cut back to the checkpoint
+        # every draw here is seeded by its step or sample; this is for what a fork may add
+        torch.set_rng_state(checkpoint["random"])
+        if rank == 0:
+            write_metrics(folder / "metrics.csv", history)  # cut back to the checkpoint
 
     progress = Progress(epochs, steps, settings["batch_size"], step)
     unlearnt = 4 * settings["temperature"] * math.log(settings["batch_size"])
     print(f"a branch that has learnt nothing loses {unlearnt:.3f}; from there the loss should fall")
     model.train()
     while step < total:
-        epoch = step // steps
-        order.epoch, order.first = epoch, step % steps * settings["batch_size"]
+        epoch = order.epoch = step // steps
+        order.first = step % steps
         begun, started = step, time.monotonic()
         for view1, view2 in loader:
             lr = learning_rate(step, warmup, total, peak)
             momentum = momentum_schedule(step, total, settings["momentum"])
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            generator.manual_seed(mix_seed(settings["seed"], step))
+            generator.manual_seed(mix_seed(settings["seed"], step, rank))
 
             view1 = view1.to(device, non_blocking=True)
             view2 = view2.to(device, non_blocking=True)
             with torch.autocast(device.type, precision, enabled=precision is not None):
-                output = model(view1, view2, generator)
+                output = parallel(view1, view2, generator)
             optimizer.zero_grad()
             scaler.scale(output.total).backward()
             scaler.step(optimizer)
@@ -345,38 +309,52 @@ def train(model, settings, data, folder, device, stop, checkpoint=None):
             step += 1
             progress(epoch, step, lambda: (losses[1:] / (step - epoch * steps)).tolist(), lr,
                      momentum)
-            if stop.asked:
+            if step % CHECK_EVERY == 0:
+                check_finite(losses, step, lr, folder)
+            if stop.agree():
                 break
 
-        require(bool(losses.isfinite().all()), f"the loss is not finite by step {step}, learning "
-                f"rate {lr:.1e}: try a lower --lr or a longer --warmup-epochs; the checkpoint in "
-                f"{folder}, if any, is from before")
+        if dist.is_initialized():
+            dist.all_reduce(losses)
+            losses /= processes
+        check_finite(losses, step, lr, folder)
         if step % steps == 0:
             seconds = time.monotonic() - started
             history.append(dict(zip(COLUMNS, (
                 epoch + 1, step, *(losses / steps).tolist(), lr, momentum,
                 (step - begun) * settings["batch_size"] / seconds, seconds))))
-            write_metrics(folder / "metrics.csv", history)
             losses.zero_()
-        save_checkpoint(folder / "checkpoint.pt", config=settings, model=model.state_dict(),
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                        history=history, losses=losses)
+            if epoch + 1 in moments:
+                film.append((step, pivotal_masks(model, pictures)))
+        if rank == 0:
+            write_metrics(folder / "metrics.csv", history)
+            save_checkpoint(folder / "checkpoint.pt", config=settings, model=model.state_dict(),
+                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                            step=step, history=history, film=film, losses=losses,
+                            random=torch.get_rng_state())
         if stop.asked:
             return False
     return True
 
 
+def check_finite(losses, step, lr, folder):
+    require(bool(losses.isfinite().all()), f"the loss is not finite by step {step}, learning rate "
+            f"{lr:.1e}: try a lower --lr or a longer --warmup-epochs; the checkpoint in {folder}, "
+            "if any, is from before")
+
+
 def judge(settings, data, model, folder, device):
-    """Raw pixels, the untrained and the trained encoder, evaluated the same way, side by side."""
+    """Raw pixels, the encoder before and after training, evaluated the same way, side by side."""
     if data.test is None:
         return print(f"not evaluated: {data.note}")
     crop = settings["image_size"], settings["mean"], settings["std"]
-    encoders = {"raw pixels": RawPixels(), "untrained": build_model(settings).encoder,
+    before = "untrained" if settings["init"] == "none" else "initial"
+    encoders = {"raw pixels": RawPixels(), before: build_model(settings).encoder,
                 "trained": model.encoder}
     rows = {name: evaluate(encoder, data, crop, "all", "cpu" if name == "raw pixels" else device,
                            settings["workers"], settings["seed"])
             for name, encoder in encoders.items()}
-    merge_json(folder / "eval.json", {**rows["trained"], "untrained": rows["untrained"],
+    merge_json(folder / "eval.json", {**rows["trained"], before: rows[before],
                                       "pixels": rows["raw pixels"]})
     print(table(rows))
 
@@ -392,26 +370,35 @@ def main(argv=None):
         stored, checkpoint = read_run(folder, given)
         settings = {**settings, **stored,
                     **{name: given[name] for name in ("device", "workers") if name in given}}
-    data = load_data(settings["data"], settings["data_root"], download)
     device = pick_device(settings["device"])
-    settle(settings, device, len(data.train))
-    model = build_model(settings)
-    if folder is None:
+    rank, processes = join_processes(device)
+    with rank_0_first(rank):
+        data = load_data(settings["data"], settings["data_root"], download)
+        settle(settings, device, len(data.train), processes)
+        model = build_model(settings)
+    if folder is None and rank == 0:
         folder = new_folder(out, settings)
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     print(f"{settings['method']} on {len(data.train)} pictures of {settings['data']}, "
-          f"{settings['arch']} at {settings['image_size']} px, on {device}, into {folder}")
+          f"{settings['arch']} at {settings['image_size']} px, on {device}"
+          + (f" in {processes} processes" if processes > 1 else "") + f", into {folder}")
     try:
         with Stop() as stop:
-            finished = train(model, settings, data, folder, device, stop, checkpoint)
+            finished = train(model, settings, data, folder, device, stop, checkpoint, rank,
+                             processes)
     except RuntimeError as error:  # torch has a class for a GPU's memory, none for a CPU's
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         raise ValueError(f"out of memory at --batch-size {settings['batch_size']} and --image-size "
                          f"{settings['image_size']}: give a smaller one") from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if not finished:
-        sys.exit(f"\nstopped and saved; go on with: python train.py --resume {folder}")
-    judge(settings, data, model, folder, device)
+        launcher = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
+        sys.exit(1 if rank > 0 else
+                 f"\nstopped and saved; go on with: {launcher} train.py --resume {folder}")
+    if rank == 0:
+        judge(settings, data, model, folder, device)
 
 
 if __name__ == "__main__":

@@ -65,24 +65,28 @@ class TwoViews(Dataset):
 
 
 class EpochOrder(Sampler):
-    """(epoch, index) pairs in an order seeded by (seed, epoch); set .epoch before each epoch.
+    """Batches of (epoch, index) pairs in an order seeded by (seed, epoch); whole batches only.
 
-    The epoch travels with the index, since workers that stay alive keep the data set they began
-    with. first: the place in the order to begin at, for an epoch that was stopped half-way.
+    Set .epoch before each epoch, and .first, the step in it to begin at. The epoch travels with
+    the index, since workers that stay alive keep the data set they began with. Of each batch a
+    process yields its own share: rank 0 the first part, and so on.
     """
 
-    def __init__(self, length, seed):
-        self.length, self.seed = length, seed
+    def __init__(self, length, batch_size, seed, rank=0, processes=1):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.share = rank, batch_size // processes
+        self.steps = length // batch_size  # of an epoch
         self.epoch = self.first = 0
 
     def __len__(self):
-        return self.length
+        return self.steps - self.first
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator).tolist()
-        for index in order[self.first:]:
-            yield self.epoch, index
+        for step in range(self.first, self.steps):
+            start = step * self.batch_size + self.rank * self.share
+            yield [(self.epoch, index) for index in order[start:start + self.share]]
 
 
 class Plain(Dataset):

@@ -12,6 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from data.birds import Birds
 from data.cub import CUB
 from data.pictures import Pictures, open_picture
+from lodisc import first_line
 
 TRAIN_BIRDS, TEST_BIRDS = 2000, 1000
 CALTECH_TRAIN = 30  # pictures of a class, the usual protocol
@@ -69,7 +70,7 @@ def load_folder(root):
                         "for each class: training without evaluation (layout: data/README.md)")
         data = Data(pictures, ImageFolder(test, loader=open_picture))
     except FileNotFoundError as error:  # torchvision's word for a folder without pictures
-        raise ValueError(f"--data {root}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--data {root}: {first_line(error)}") from None
     if data.train.classes != data.test.classes:
         odd = sorted(set(data.train.classes) ^ set(data.test.classes))
         raise ValueError(f"--data {root}: train/ and {test.name}/ must have the same classes, "
@@ -134,6 +135,5 @@ def load_data(name, root="datasets", download=False):
     try:
         return Data(*read(root, download))
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--data {name}: {reason}; expected in --data-root {root}: {expected} "
-                         "(see data/README.md)") from None
+        raise ValueError(f"--data {name}: {first_line(error)}; expected in --data-root "
+                         f"{root}: {expected} (see data/README.md)") from None

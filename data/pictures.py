@@ -4,6 +4,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from lodisc import first_line
+
 
 def open_picture(path):
     """RGB image of a file, turned as its EXIF note says, 16-bit grey scaled to 8 bits.
@@ -20,9 +22,8 @@ def open_picture(path):
                 picture = picture.convert("RGBA")
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a picture: {reason}; mend it, or take it out "
-                         "of the data") from None
+        raise ValueError(f"{path} cannot be read as a picture: {first_line(error)}; mend it, or take "
+                         "it out of the data") from None
 
 
 class Pictures(Dataset):

@@ -96,16 +96,30 @@ def test_augmentation_is_byols_asymmetric_pair():
         assert tuple(blurred.transforms[0].sigma) == (0.1, 2.0)
 
 
+def flat(order):
+    return [pair for batch in order for pair in batch]
+
+
 def test_order_is_seeded_by_seed_and_epoch():
-    order = EpochOrder(20, seed=1)
-    first = list(order)
-    assert first == list(order) and sorted(i for _, i in first) == list(range(20))
+    order = EpochOrder(20, 4, seed=1)
+    first = flat(order)
+    assert first == flat(order) and sorted(i for _, i in first) == list(range(20))
     assert {epoch for epoch, _ in first} == {0} and [i for _, i in first] != list(range(20))
     order.epoch = 1
-    assert {epoch for epoch, _ in order} == {1}
-    assert [i for _, i in order] != [i for _, i in first]
-    assert [i for _, i in EpochOrder(20, seed=2)] != [i for _, i in first]
+    assert {epoch for epoch, _ in flat(order)} == {1}
+    assert [i for _, i in flat(order)] != [i for _, i in first]
+    assert [i for _, i in flat(EpochOrder(20, 4, seed=2))] != [i for _, i in first]
     assert len({mix_seed(s, e, i) for s in range(10) for e in range(10) for i in range(50)}) == 5000
+
+
+def test_batches_are_whole_and_shared_among_processes():
+    whole = EpochOrder(23, 6, seed=1)
+    assert len(whole) == 3 and [len(batch) for batch in whole] == [6, 6, 6]
+    shares = [list(EpochOrder(23, 6, 1, rank, 3)) for rank in range(3)]
+    assert [sum(batches, []) for batches in zip(*shares)] == list(whole)
+    batches = list(whole)
+    whole.first = 2
+    assert list(whole) == batches[2:] and len(whole) == 1
 
 
 def test_plain_crop_takes_the_middle():

@@ -163,7 +163,7 @@ def test_what_a_folder_alone_chooses_is_printed(flowers, capsys):
     settings = {"data": str(flowers), "arch": None, "image_size": None, "patch_size": None,
                 "epochs": None, "warmup_epochs": None, "lr": None, "crop_min": 0.08, "momentum": None,
                 "batch_size": 12, "weight_decay": 0.1, "seed": 0, "workers": 0}
-    train.settle(settings, torch.device("cpu"), 36)
+    train.settle(settings, torch.device("cpu"), 36, 1)
     printed = capsys.readouterr().out
     for word in ("arch vit_nano", "image_size 48", "epochs 200"):
         assert word in printed

@@ -1,0 +1,128 @@
+"""Several processes: the same loss, gradients and pictures as one, and one set of files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+import eval as judge
+import train
+from conftest import same, weights
+from lodisc import LoDisc, create_vit, gather
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            ROOT / "train.py"]
+SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--warmup-epochs", "0",
+         "--batch-size", "12", "--device", "cpu"]
+
+
+def model_and_views(method):
+    """In float64, heads without BatchNorm, whose statistics are each process's own on a CPU."""
+    torch.manual_seed(0)
+    model = LoDisc(create_vit("vit_nano", 32, 8), method, hidden_dim=64, output_dim=32).double()
+    for head in (model.projector, model.predictor, model.momentum_projector):
+        for i, module in enumerate(head):
+            if isinstance(module, nn.BatchNorm1d):
+                head[i] = nn.Identity()
+    return model, torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)
+
+
+def run_rank(rank, method, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model, views = model_and_views(method)
+    keys, offset = gather(torch.full((2, 3), float(rank)))
+    assert offset == 2 * rank and keys[:, 0].tolist() == [0, 0, 1, 1] and not keys.requires_grad
+    view1, view2 = views[:, 4 * rank:4 * rank + 4]
+    parallel = DistributedDataParallel(model)
+    output = parallel(view1, view2)
+    output.total.backward()
+    torch.save({"losses": torch.stack(output[:3]).detach(),
+                "gradients": [p.grad for p in model.parameters() if p.requires_grad]},
+               f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["lodisc", "global", "local"])
+def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path, method):
+    spawn(run_rank, (method, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    model, (view1, view2) = model_and_views(method)
+    output = model(view1, view2)
+    output.total.backward()
+    mean = (ranks[0]["losses"] + ranks[1]["losses"]) / 2
+    assert (mean - torch.stack(output[:3])).abs().max() < 1e-10
+    assert (ranks[0]["losses"] - mean).abs().max() > 1e-6  # each has its own share
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert max(gradient.abs().max() for gradient in gradients) > 1e-3
+    for rank in ranks:
+        for theirs, ours in zip(rank["gradients"], gradients, strict=True):
+            assert (theirs - ours).abs().max() < 1e-10
+
+
+def test_without_a_process_group_gather_does_nothing():
+    keys = torch.randn(4, 3)
+    assert gather(keys)[0] is keys and gather(keys)[1] == 0
+
+
+def files(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_torchrun_trains_writes_once_and_judges_alike(flowers, capsys):
+    options = ["--data", flowers, *SMALL, "--workers", "1"]
+    done = subprocess.run([*TORCHRUN, *options, "--epochs", "2", "--out", "whole"], text=True,
+                          capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("in 2 processes") == 1  # only rank 0 prints
+    assert done.stdout.count("BatchNorm") == 1 and files(".") == ["flowers", "whole"]
+    assert files("whole") == ["checkpoint.pt", "config.json", "eval.json", "metrics.csv"]
+    # judged again in one process: the very same figures
+    figures = json.loads(Path("whole/eval.json").read_text())
+    judge.main(["all", "whole", "--workers", "0"])
+    again = json.loads(Path("whole/eval.json").read_text())
+    for kind, names in {"linear": ["top1", "top5"], "knn": ["top1"],
+                        "retrieval": ["rank1", "rank5", "mAP"]}.items():
+        for name in names:
+            assert figures[kind][name] == pytest.approx(again[kind][name], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_torchrun_stops_and_goes_on_to_the_weights_of_a_run_never_stopped(flowers):
+    options = ["--data", flowers / "train", *SMALL, "--workers", "1", "--epochs", "60"]
+    process = subprocess.Popen([*TORCHRUN, *options, "--out", "stopped"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    os.kill(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert error.count("torchrun --nproc_per_node=2 train.py --resume stopped") == 1
+    assert files("stopped") == ["checkpoint.pt", "config.json", "metrics.csv"]
+    step = torch.load("stopped/checkpoint.pt", weights_only=True)["step"]
+    assert 6 <= step < 180
+    for more in (["--resume", "stopped"], [*options, "--out", "whole"]):
+        subprocess.run([*TORCHRUN, *more], check=True, capture_output=True, timeout=200)
+    assert same(weights("stopped"), weights("whole"))
+    # one process has other weights: BatchNorm sees whole batches there
+    train.main([*map(str, options), "--out", "one"])
+    assert not same(weights("one"), weights("whole"))
+
+
+def test_an_odd_share_is_refused():
+    settings = {**train.parse_args([])[1], "batch_size": 5, "data": "synthetic"}
+    with pytest.raises(ValueError, match="must divide among 2 processes"):
+        train.settle(dict(settings), torch.device("cpu"), 2000, 2)
+    with pytest.raises(ValueError, match="two images or more"):
+        train.settle({**settings, "batch_size": 4}, torch.device("cpu"), 2000, 4)
