@@ -9,8 +9,8 @@ table on screen and into eval.json beside the checkpoint. Nothing is ever chosen
 """
 
 import argparse
-import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from data.birds import BIRD, PART
 from data.datasets import load_data
 from data.draw import mask_sheet
 from data.pictures import open_picture
+from data.run import merge_json, read_json
 from lodisc import IMPORTANCES, load_encoder, location_mask, require
 
 STRENGTHS = tuple(10.0**power for power in range(0, -6, -1))  # of the probe's L2 term, strong first
@@ -157,8 +158,10 @@ def evaluate(encoder, data, crop, what="all", device="cpu", workers=0, seed=0):
         results["linear"] = linear_probe(train, test, seed)
     if what in ("all", "knn"):
         results["knn"] = knn(train, test)
-    if what in ("all", "retrieval"):
+    if what == "retrieval" or what == "all" and test[1].bincount().max() > 1:
         results["retrieval"] = retrieval(test)
+    elif what == "all":
+        print("no retrieval: no class has two test images")
     return results
 
 
@@ -255,12 +258,6 @@ def one_line(error):
     return last.removeprefix("ValueError: ").removeprefix("OSError: ")
 
 
-def merge_json(path, results):
-    """Add results to a JSON file; figures of other kinds that it holds already stay."""
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**known, **results}, indent=2) + "\n")
-
-
 def masks_command(args, folder, config):
     """Where the momentum encoder looks: a PNG, and for the drawn birds how well it finds them."""
     require(args.out is None or not args.out.exists(), f"{args.out} exists; give another --out")
@@ -301,7 +298,7 @@ def main(argv=None):
     encoder = load_encoder(args.checkpoint, momentum=args.momentum)
     if args.what == "export":
         return export(encoder, args.out or folder / "encoder.pth")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     args.data = args.data or config["data"]
     args.data_root = args.data_root or config.get("data_root", "datasets")
     if args.what == "masks":
@@ -321,4 +318,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:  # for people: one line, no traceback
         print(f"eval.py: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(2)  # not sys.exit, which waits for loading processes; they follow by themselves

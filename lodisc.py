@@ -12,8 +12,7 @@ Read it from top to bottom; the order is that of the paper's overview figure:
 
 The method is MoCo v3 on a ViT plus a local branch: the momentum encoder sees the picture once
 more with only its pivotal patches, and the online encoder's view of the OTHER augmentation must
-match it. Nothing here knows of devices, files of pictures or optimisers; of several processes,
-only `gather` does.
+match it. Nothing here knows of devices, picture files or optimisers; of processes, `gather` does.
 
 Letters in shape comments: B images, N patches of an image, D features, h heads, d = D / h,
 k kept patches, C the contrastive space.
@@ -65,9 +64,7 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------------------------------------
-# 1. Vision transformer
-# ---------------------------------------------------------------------------------------------
+# --- 1. Vision transformer -------------------------------------------------------------------
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -275,9 +272,7 @@ def create_vit(name: str, image_size: int, patch_size: int, **options) -> Vision
     return VisionTransformer(image_size, patch_size, **ARCHITECTURES[name], **options)
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. Local pivotal region collection
-# ---------------------------------------------------------------------------------------------
+# --- 2. Local pivotal region collection ------------------------------------------------------
 
 
 def check_layers(attentions):
@@ -345,9 +340,7 @@ def last_attention(attentions: list[Tensor]) -> Tensor:
 IMPORTANCES = {"product": attention_product, "rollout": attention_rollout, "last": last_attention}
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. Location-wise mask
-# ---------------------------------------------------------------------------------------------
+# --- 3. Location-wise mask -------------------------------------------------------------------
 
 
 def kept_count(num_patches: int, keep_ratio: float) -> int:
@@ -428,9 +421,7 @@ def mask_pixels(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
     return images.masked_fill(~pixels, 0)
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. Momentum branches
-# ---------------------------------------------------------------------------------------------
+# --- 4. Momentum branches --------------------------------------------------------------------
 
 
 def mlp_head(layers: int, in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
@@ -442,12 +433,9 @@ def mlp_head(layers: int, in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequ
     widths = [in_dim] + [hidden_dim] * (layers - 1) + [out_dim]
     modules = []
     for layer, (width_in, width_out) in enumerate(zip(widths, widths[1:]), start=1):
-        modules.append(nn.Linear(width_in, width_out, bias=False))
-        if layer < layers:
-            modules += [nn.BatchNorm1d(width_out), nn.ReLU(inplace=True)]
-        else:
-            modules.append(nn.BatchNorm1d(width_out, affine=False))
-    return nn.Sequential(*modules)
+        modules += [nn.Linear(width_in, width_out, bias=False),
+                    nn.BatchNorm1d(width_out, affine=layer < layers), nn.ReLU(inplace=True)]
+    return nn.Sequential(*modules[:-1])  # no ReLU at the end
 
 
 def momentum_copy(online: nn.Module) -> nn.Module:
@@ -479,9 +467,7 @@ def momentum_schedule(step: int, total: int, base: float = 0.99) -> float:
     return 1 - (1 - base) * (1 + math.cos(math.pi * step / total)) / 2
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. Loss, and the whole figure
-# ---------------------------------------------------------------------------------------------
+# --- 5. Loss, and the whole figure -----------------------------------------------------------
 
 
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, offset: int = 0) -> Tensor:
@@ -585,8 +571,7 @@ class LoDisc(nn.Module):
             key2, local2, mask2 = self.momentum_side(view2, generator)
 
         # each query against the momentum side of the OTHER view
-        none = query1.new_zeros((), dtype=torch.float32)
-        global_loss = local_loss = none
+        global_loss = local_loss = query1.new_zeros((), dtype=torch.float32)
         if self.method != "local":
             global_loss = self.contrast(query1, key2) + self.contrast(query2, key1)
         if self.method != "global":
@@ -637,9 +622,7 @@ class LoDisc(nn.Module):
         momentum_update(self.projector, self.momentum_projector, m)
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. From checkpoint to encoder
-# ---------------------------------------------------------------------------------------------
+# --- 6. From checkpoint to encoder -----------------------------------------------------------
 
 
 def load_encoder(path, momentum: bool = False) -> VisionTransformer:

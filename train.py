@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader
 
 from data.augment import EpochOrder, Plain, TwoViews, mix_seed
 from data.datasets import NAMES, load_data
-from data.run import (COLUMNS, NEW_RUN, Progress, Stop, new_folder, outlive_the_step, read_run,
-                      save_checkpoint, write_metrics)
+from data.run import (COLUMNS, NEW_RUN, Progress, Stop, merge_json, new_folder, outlive_the_step,
+                      read_run, save_checkpoint, write_metrics)
 from data.weights import load_published
-from eval import RawPixels, evaluate, importance_of, merge_json, one_line, table
+from eval import RawPixels, evaluate, importance_of, one_line, table
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
                     METHODS, LoDisc, create_vit, first_line, location_mask, momentum_schedule,
                     require)
@@ -139,6 +139,8 @@ def pick_precision(amp, device):
 
 def settle(settings, device, num_images, processes):
     """Fill in what the command line left open, and say what was chosen for a folder; check."""
+    require(num_images > 1, f"--data {settings['data']}: {num_images} training picture; two are "
+            "the least that can be told apart")
     settings["mean"], settings["std"] = list(IMAGENET_MEAN), list(IMAGENET_STD)
     on_birds = settings["data"] == "synthetic"
     recipe = dict(RECIPES["synthetic" if on_birds else "gpu" if device.type == "cuda" else "cpu"])
@@ -229,7 +231,7 @@ def learning_rate(step, warmup, total, peak):
 
 
 def filmed(settings, data):
-    """(pictures (8, 3, H, W) from all over the training set, epochs after which they are filmed)."""
+    """(training pictures (8, 3, H, W), the epochs after which their masks are kept)."""
     crop = settings["image_size"], settings["mean"], settings["std"]
     plain, n = Plain(data.train, *crop), len(data.train)
     pictures = torch.stack([plain[i * n // FILM][0] for i in range(FILM)])
@@ -257,7 +259,9 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
     order = EpochOrder(len(data.train), settings["batch_size"], settings["seed"], rank, processes)
     crop = settings["image_size"], settings["mean"], settings["std"]
     views = TwoViews(data.train, *crop, settings["seed"], settings["crop_min"])
+    generator = torch.Generator()  # of the random and block masks, seeded anew each step
     loader = DataLoader(views, batch_sampler=order, num_workers=settings["workers"],
+                        generator=generator,  # so that it leaves torch's own alone
                         pin_memory=device.type == "cuda",
                         persistent_workers=settings["workers"] > 0,
                         worker_init_fn=outlive_the_step)
@@ -266,7 +270,6 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
     steps, epochs = order.steps, settings["epochs"]
     total, warmup = steps * epochs, steps * settings["warmup_epochs"]
     peak = settings["lr"] * settings["batch_size"] / 256
-    generator = torch.Generator()  # of the random and block masks
     step, history, losses = 0, [], torch.zeros(3, device=device)  # losses: summed over an epoch
     film = [(0, pivotal_masks(model, pictures))]
     if checkpoint:
@@ -407,4 +410,4 @@ if __name__ == "__main__":
     except (ValueError, OSError, KeyboardInterrupt) as error:  # for people: one line, no traceback
         print(f"train.py: {one_line(error)}", file=sys.stderr)
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(2)  # not sys.exit, which waits for the loading processes; they follow by themselves
+        os._exit(2)  # not sys.exit, which waits for loading processes; they follow by themselves

@@ -22,8 +22,8 @@ def open_picture(path):
                 picture = picture.convert("RGBA")
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {first_line(error)}; mend it, or take "
-                         "it out of the data") from None
+        raise ValueError(f"{path} cannot be read as a picture: {first_line(error)}; mend it, or "
+                         "take it out of the data") from None
 
 
 class Pictures(Dataset):

@@ -1,4 +1,4 @@
-"""A run beside its loop: its folder, checkpoint and metrics, its progress line, how it is stopped."""
+"""A run beside its loop: folder, checkpoint and metrics, the progress line, how it is stopped."""
 
 import csv
 import json
@@ -47,6 +47,19 @@ def save_checkpoint(path, **contents):
         part.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written, is the disk full? "
                       f"{first_line(error)}") from None
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; mend it or move it away") from None
+
+
+def merge_json(path, results):
+    """Add results to a JSON file; figures of other kinds that it holds already stay."""
+    known = read_json(path) if path.exists() else {}
+    path.write_text(json.dumps({**known, **results}, indent=2) + "\n")
 
 
 class Stop:
@@ -124,7 +137,7 @@ def read_run(folder, given):
     """(config, checkpoint or None) of a run to go on with; given settings must agree with it."""
     require((folder / "config.json").is_file(), f"--resume {folder}: no config.json there; give "
             "the folder of a run")
-    stored = json.loads((folder / "config.json").read_text())
+    stored = read_json(folder / "config.json")
     odd = [name for name in given if name not in FREE and stored.get(name) != given[name]]
     require(not odd, f"--resume {folder}: the run was begun with other settings for "
             f"{', '.join(odd)}; leave them out, or start a new run")
@@ -136,8 +149,8 @@ def read_run(folder, given):
         odd = [name for name in stored
                if name not in FREE and checkpoint["config"].get(name) != stored[name]]
     except Exception as error:  # torch.load raises many kinds for a file that is something else
-        raise ValueError(f"{path} is not a checkpoint of this run: {first_line(error)}; without that "
-                         "file --resume starts over") from None
+        raise ValueError(f"{path} is not a checkpoint of this run: {first_line(error)}; without "
+                         "that file --resume starts over") from None
     require(not odd, f"{path} belongs to another run than its config.json: they differ in "
             f"{', '.join(odd)}")
     return stored, checkpoint

@@ -1,4 +1,4 @@
-"""Published ViT weights, by one table of rules: whose file it is, where the encoder stands in it."""
+"""Published ViT weights, by one table of rules: whose file it is, and where the encoder stands."""
 
 import argparse
 import math

@@ -1,5 +1,6 @@
-"""Picture files as people have them: read with the right pixels, or one line that names the file."""
+"""Picture files as people have them: read with the right pixels, or one line with their path."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import eval as judge
+import train
 from data.pictures import open_picture
 
 ROOT = Path(__file__).parent.parent
+SMALL = ["--image-size", "16", "--epochs", "1", "--workers", "0", "--device", "cpu"]
 RED = (200, 30, 40)
 
 
@@ -84,15 +88,100 @@ def test_what_cannot_be_read_stops_with_one_line_and_its_path(kind, workers, flo
     assert done.stderr.count("\n") == 1 and str(bad) in done.stderr
 
 
-def test_a_folder_of_every_kind_of_picture_trains(tmp_path, monkeypatch):
-    import train
+def test_a_folder_of_every_kind_of_picture_trains(tmp_path, elsewhere):
     for split in ("train", "test"):
         for label in ("a", "b c"):
             folder = tmp_path / "data" / split / label
             folder.mkdir(parents=True)
             for name, (write, _, _) in GOOD.items():
                 write(folder / name)
-    monkeypatch.chdir(tmp_path)
-    train.main(["--data", "data", "--image-size", "16", "--epochs", "1", "--batch-size", "8",
-                "--workers", "0", "--device", "cpu"])
+    train.main(["--data", "data", *SMALL, "--batch-size", "8"])
     assert (tmp_path / "runs" / "data-lodisc-1" / "eval.json").is_file()
+
+
+def run(script, *arguments, cwd):
+    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], cwd=cwd, text=True,
+                          capture_output=True, timeout=200)
+
+
+def drop(folder, keep=0):
+    for path in sorted(folder.iterdir())[keep:]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def empty_class(data):
+    drop(data / "train" / "class 1")
+
+
+def one_picture(data):
+    drop(data / "train", keep=1)
+    drop(data / "train" / "class 0", keep=1)
+    drop(data / "test")
+    shutil.copytree(data / "train" / "class 0", data / "test" / "class 0")
+
+
+def one_test_picture_a_class(data):
+    for label in (data / "test").iterdir():
+        drop(label, keep=1)
+
+
+def one_class(data):
+    for split in ("train", "test"):
+        drop(data / split, keep=1)
+
+
+def odd_names(data):
+    for split in ("train", "test"):
+        (data / split / "class 1").rename(data / split / "Vögel, große 花")
+
+
+FOLDERS = {  # what is done to the folder: (exit status, what is said)
+    empty_class: (2, "class 1"),
+    one_picture: (2, "1 training picture"),
+    one_test_picture_a_class: (0, "no retrieval"),
+    one_class: (0, "linear top-1"),
+    odd_names: (0, "linear top-1"),
+    lambda data: shutil.rmtree(data / "test"): (0, "training without evaluation"),
+    lambda data: drop(data): (2, "valid file"),
+    lambda data: shutil.rmtree(data / "test" / "class 1"): (2, "same classes"),
+}
+
+
+@pytest.mark.parametrize("spoil", FOLDERS)
+def test_folders_as_people_have_them(spoil, flowers, elsewhere, capsys):
+    spoil(flowers)
+    status, says = FOLDERS[spoil]
+    options = ["--data", str(flowers), *SMALL, "--out", "run"]
+    if status:  # one line on the screen, as test_scripts_from_the_shell sees
+        with pytest.raises((ValueError, OSError), match=says) as caught:
+            train.main(options)
+        assert "\n" not in str(caught.value)
+    else:
+        train.main(options)
+        printed = capsys.readouterr().out
+        assert says in printed and " nan" not in printed
+    assert Path("run").exists() == (status == 0)
+
+
+def test_evaluation_names_what_it_cannot_read(flowers, elsewhere):
+    home = Path.cwd()
+    train.main(["--data", str(flowers / "train"), *SMALL, "--out", "run"])
+    bad = flowers / "test" / "class 1" / "bad one.jpg"
+    broken(bad, "text")
+
+    done = run("eval.py", "all", "run", "--data", flowers, "--workers", 1, cwd=home)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(bad) in done.stderr
+
+    def refused(main, *arguments, says):
+        with pytest.raises(ValueError, match=says) as caught:
+            main([*map(str, arguments)])
+        assert "\n" not in str(caught.value)
+
+    refused(judge.main, "masks", "run", bad, says="bad one.jpg")
+    bad.unlink()
+    Path("run/eval.json").write_text("{half")
+    refused(judge.main, "knn", "run", "--data", flowers, says="eval.json is damaged")
+    assert Path("run/eval.json").read_text() == "{half"
+    Path("run/config.json").write_text("")
+    refused(judge.main, "knn", "run", says="config.json is damaged")
+    refused(train.main, "--resume", "run", says="config.json is damaged")

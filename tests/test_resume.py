@@ -1,6 +1,7 @@
 """Nothing lost: runs that are killed, stopped, or find their disk full."""
 
 import csv
+import json
 import os
 import random
 import re
@@ -157,3 +158,57 @@ def test_out_of_memory_names_batch_and_size(flowers, monkeypatch, message):
     monkeypatch.setattr(train.LoDisc, "query", full)
     with pytest.raises(ValueError, match="--batch-size 12 and --image-size 16"):
         train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", "--workers", "0"])
+
+
+def test_a_checkpoint_holds_what_the_run_has_seen(flowers, monkeypatch):
+    """The film of masks from the beginning on, and the random state, for what a fork may draw."""
+    options = ["--data", str(flowers / "train"), *SMALL, "--epochs", "9", "--workers", "0", "--out"]
+    train.main([*options, "whole"])
+    film = torch.load("whole/checkpoint.pt", weights_only=True)["film"]
+    assert [step for step, _ in film] == [3 * epoch for epoch in (0, 1, 3, 4, 5, 6, 8, 9)]
+    settings = json.loads(Path("whole/config.json").read_text())
+    first = train.build_model(settings)
+    pictures, _ = train.filmed(settings, train.load_data(settings["data"]))
+    for step, mask in film:
+        assert mask.shape == (8, 4) and mask.dtype == torch.bool and (mask.sum(1) == 1).all()
+    assert torch.equal(film[0][1], train.pivotal_masks(first, pictures))
+    last = weights("whole")
+    first.load_state_dict(last)
+    assert torch.equal(film[-1][1], train.pivotal_masks(first, pictures))
+
+    drawn, real = [], train.LoDisc.update_momentum
+
+    def draw_and_stop(self, m):
+        real(self, m)
+        drawn.append(torch.rand(1).item())
+        if stop_at == len(drawn):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train.LoDisc, "update_momentum", draw_and_stop)
+    stop_at = None
+    train.main([*options, "again"])
+    without, stop_at = list(drawn), 13
+    drawn.clear()
+    with pytest.raises(SystemExit):
+        train.main([*options, "part"])
+    train.main(["--resume", "part"])
+    assert drawn == without and len(set(drawn)) == 27
+    parts = torch.load("part/checkpoint.pt", weights_only=True)["film"]
+    assert all(a == b and torch.equal(c, d) for (a, c), (b, d) in zip(parts, film, strict=True))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(flowers, monkeypatch):
+    done, real = [], train.LoDisc.forward
+
+    def forward(self, *views):
+        output = real(self, *views)
+        done.append(output)
+        return output._replace(total=output.total * float("nan")) if len(done) == 5 else output
+
+    monkeypatch.setattr(train.LoDisc, "forward", forward)
+    with pytest.raises(ValueError, match="not finite by step 6, learning rate .*--lr.*bad"):
+        train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "9", "--workers", "0",
+                    "--out", "bad"])
+    checkpoint = torch.load("bad/checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 3
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
