@@ -42,16 +42,21 @@ class RawPixels(torch.nn.Module):
 
 
 @torch.no_grad()
-def extract(encoder, dataset, crop, device="cpu", workers=0, batch_size=256):
-    """Features (n, D) and labels (n,) of a data set's (image, class) pairs, on the CPU.
+def extract(encoders, dataset, crop, device="cpu", workers=0, batch_size=256):
+    """{name: encoder} -> {name: (features (n, D), labels (n,))} on the CPU; one reading for all.
 
-    crop: (image_size, mean, std), as the encoder wants its pictures.
+    dataset: (image, class) pairs; crop: (image_size, mean, std), as the encoders want them.
     """
     loader = DataLoader(Plain(dataset, *crop), batch_size, num_workers=workers)
-    encoder = encoder.to(device).eval()
-    features, labels = zip(*((encoder(images.to(device))[0].float().cpu(), label)
-                             for images, label in loader))
-    return torch.cat(features), torch.cat(labels)
+    encoders = {name: encoder.to(device).eval() for name, encoder in encoders.items()}
+    features, labels = {name: [] for name in encoders}, []
+    for images, label in loader:
+        images = images.to(device)
+        labels.append(label)
+        for name, encoder in encoders.items():
+            features[name].append(encoder(images)[0].float().cpu())
+    labels = torch.cat(labels)
+    return {name: (torch.cat(rows), labels) for name, rows in features.items()}
 
 
 # --- the three judgements, on features --------------------------------------------------------
@@ -126,53 +131,59 @@ def retrieval(test, block=512):
 
     Rank-k: whether one of the k nearest is of the query's class. Average precision: the mean of
     the precision at every image of its class. Queries without another image of their class are
-    left out and counted. Blocks of queries, so that no n x n matrix exists.
+    left out and counted. Of equally near images those of another class count as the nearer, so
+    that features which tell nothing apart score nothing. Blocks of queries: no n x n matrix exists.
     """
     features, labels = F.normalize(test[0], dim=1), test[1]
-    n, found = len(labels), []
-    for start in range(0, n, block):
-        own = torch.arange(start, min(start + block, n))
+    n, others = len(labels), labels.bincount()[labels] - 1  # others of a query's class, (n,)
+    require(others.max() > 0, "retrieval needs a class with two test images or more, found none")
+    count = torch.arange(1, others.max() + 1)
+    found = []
+    for own in torch.arange(n).split(block):
         similarity = features[own] @ features.T  # (block, n)
-        similarity[torch.arange(len(own)), own] = -torch.inf  # last, never its own answer
-        order = similarity.argsort(dim=1, descending=True, stable=True)[:, :-1]
-        hits = labels[order] == labels[own, None]  # (block, n - 1), nearest first
-        precision = hits.cumsum(1) / torch.arange(1, n)
-        relevant = hits.sum(1)
-        average = (precision * hits).sum(1) / relevant.clamp_min(1)
-        found.append(torch.stack([hits[:, 0], hits[:, :5].any(1), average, relevant > 0], dim=1))
-    found = torch.cat(found)
-    counted = found[found[:, 3] > 0]
-    require(len(counted) > 0, "retrieval needs a class with two test images or more, found none")
-    rank1, rank5, mean_average = counted[:, :3].double().mean(0).tolist()
+        same = labels[own, None] == labels
+        wrong = np.sort(similarity.masked_fill(same, -torch.inf).numpy(), axis=1)
+        same[torch.arange(len(own)), own] = False  # never its own answer
+        right = similarity.masked_fill(~same, -torch.inf).topk(len(count)).values  # nearest first
+        nearer = n - torch.searchsorted(torch.from_numpy(wrong), right)  # of the wrong ones
+        rank = (nearer + count).masked_fill(count > others[own, None], n)  # (block, most others)
+        average = (count / rank * (count <= others[own, None])).sum(1) / others[own].clamp_min(1)
+        found.append(torch.stack([rank[:, 0] == 1, rank[:, 0] <= 5, average], dim=1))
+    counted = torch.cat(found)[others > 0]
+    rank1, rank5, mean_average = counted.double().mean(0).tolist()
     return {"rank1": rank1, "rank5": rank5, "mAP": mean_average, "queries": len(counted),
             "left_out": n - len(counted)}
 
 
-def evaluate(encoder, data, crop, what="all", device="cpu", workers=0, seed=0):
-    """{"linear": {...}, "knn": {...}, "retrieval": {...}}, or only the one asked for."""
-    test = extract(encoder, data.test, crop, device, workers)
-    results = {}
+def evaluate(encoders, data, crop, what="all", device="cpu", workers=0, seed=0):
+    """{name: encoder} -> {name: {"linear": {...}, "knn": {...}, "retrieval": {...}}}, or of these
+    only the one asked for.
+    """
+    test = extract(encoders, data.test, crop, device, workers)
     if what in ("all", "linear", "knn"):
-        train = extract(encoder, data.train, crop, device, workers)
-    if what in ("all", "linear"):
-        results["linear"] = linear_probe(train, test, seed)
-    if what in ("all", "knn"):
-        results["knn"] = knn(train, test)
-    if what == "retrieval" or what == "all" and test[1].bincount().max() > 1:
-        results["retrieval"] = retrieval(test)
-    elif what == "all":
+        train = extract(encoders, data.train, crop, device, workers)
+    retrievable = test[next(iter(test))][1].bincount().max() > 1
+    if what == "all" and not retrievable:
         print("no retrieval: no class has two test images")
+    results = {name: {} for name in encoders}
+    for name, result in results.items():
+        if what in ("all", "linear"):
+            result["linear"] = linear_probe(train[name], test[name], seed)
+        if what in ("all", "knn"):
+            result["knn"] = knn(train[name], test[name])
+        if what == "retrieval" or what == "all" and retrievable:
+            result["retrieval"] = retrieval(test[name])
     return results
 
 
-COLUMNS = {"linear top-1": ("linear", "top1"), "top-5": ("linear", "top5"),
+FIGURES = {"linear top-1": ("linear", "top1"), "top-5": ("linear", "top5"),
            "k-NN top-1": ("knn", "top1"), "rank-1": ("retrieval", "rank1"),
            "rank-5": ("retrieval", "rank5"), "mAP": ("retrieval", "mAP")}
 
 
 def table(rows):
-    """{row name: results of evaluate()} as aligned text."""
-    columns = {name: place for name, place in COLUMNS.items()
+    """{row name: figures}, as evaluate gives them, as aligned text."""
+    columns = {name: place for name, place in FIGURES.items()
                if any(place[0] in results for results in rows.values())}
     width = max(len(name) for name in rows)
     lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
@@ -306,10 +317,11 @@ def main(argv=None):
     data = load_data(args.data, args.data_root)
     require(data.test is not None, data.note)
     crop = (encoder.image_size, encoder.mean, encoder.std)
-    results = evaluate(encoder, data, crop, args.what, args.device, args.workers, config["seed"])
     name = "momentum" if args.momentum else "trained"
-    print(table({name: results}))
-    merge_json(folder / "eval.json", {name: results} if args.momentum else results)
+    results = evaluate({name: encoder}, data, crop, args.what, args.device, args.workers,
+                       config["seed"])
+    print(table(results))
+    merge_json(folder / "eval.json", results if args.momentum else results[name])
     print(f"merged into {folder / 'eval.json'}")
 
 

@@ -456,8 +456,8 @@ def momentum_update(online: nn.Module, momentum: nn.Module, m: float) -> None:
     pairs = [dict(online.named_parameters()), dict(momentum.named_parameters())]
     require({n: p.shape for n, p in pairs[0].items()} == {n: p.shape for n, p in pairs[1].items()},
             "the online and the momentum module differ in their parameters' names or shapes")
-    for name, parameter in pairs[1].items():
-        parameter.lerp_(pairs[0][name].to(parameter.dtype), 1 - m)
+    new = [pairs[0][name].to(parameter.dtype) for name, parameter in pairs[1].items()]
+    torch._foreach_lerp_(list(pairs[1].values()), new, 1 - m)  # all parameters in one call
 
 
 def momentum_schedule(step: int, total: int, base: float = 0.99) -> float:
@@ -584,23 +584,19 @@ class LoDisc(nn.Module):
         return self.predictor(self.projector(self.encoder(view)[0]))
 
     def momentum_side(self, view, generator):
-        """Both momentum branches of a view -> z_k (B, C), z_l (B, C), mask (B, N).
-
-        One pass gives z_k and the attention; a second one, over the pivotal patches, gives z_l.
-        """
-        use_attention = self.method != "global" and self.mask in ("location", "least")
-        stored = ("full" if self.importance == "rollout" else "row") if use_attention else None
-        features, attentions = self.momentum_encoder(view, attention=stored)
-        key = self.momentum_projector(features)
+        """Both momentum branches of a view -> z_k (B, C), z_l (B, C), mask (B, N)."""
+        key, attentions = self.global_key(view)
         if self.method == "global":
             return key, None, None
         mask = self.pivotal_mask(view, attentions, generator)
-        if self.local_input == "pixels":
-            view, keep = mask_pixels(view, mask, self.encoder.patch_size), None
-        else:
-            keep = kept_indices(mask, self.num_kept)
-        local = self.momentum_projector(self.momentum_encoder(view, keep=keep)[0])
-        return key, local, mask
+        return key, self.local_key(view, mask), mask
+
+    def global_key(self, view):
+        """Global momentum branch -> z_k (B, C), and the attention of the same pass, if needed."""
+        use_attention = self.method != "global" and self.mask in ("location", "least")
+        stored = ("full" if self.importance == "rollout" else "row") if use_attention else None
+        features, attentions = self.momentum_encoder(view, attention=stored)
+        return self.momentum_projector(features), attentions
 
     def pivotal_mask(self, view, attentions, generator):
         """Local pivotal region selection -> bool (B, N), num_kept True in each row."""
@@ -611,6 +607,15 @@ class LoDisc(nn.Module):
         importance = IMPORTANCES[self.importance](attentions)  # (B, N)
         choose = location_mask if self.mask == "location" else least_mask
         return choose(importance, self.keep_ratio, check=False)
+
+    def local_key(self, view, mask):
+        """Local momentum branch, over the pivotal patches alone -> z_l (B, C)."""
+        keep = None
+        if self.local_input == "pixels":
+            view = mask_pixels(view, mask, self.encoder.patch_size)
+        else:
+            keep = kept_indices(mask, self.num_kept)
+        return self.momentum_projector(self.momentum_encoder(view, keep=keep)[0])
 
     def contrast(self, query, key):
         keys, offset = gather(key)  # the other processes' images are negatives too

@@ -354,9 +354,7 @@ def judge(settings, data, model, folder, device):
     before = "untrained" if settings["init"] == "none" else "initial"
     encoders = {"raw pixels": RawPixels(), before: build_model(settings).encoder,
                 "trained": model.encoder}
-    rows = {name: evaluate(encoder, data, crop, "all", "cpu" if name == "raw pixels" else device,
-                           settings["workers"], settings["seed"])
-            for name, encoder in encoders.items()}
+    rows = evaluate(encoders, data, crop, "all", device, settings["workers"], settings["seed"])
     merge_json(folder / "eval.json", {**rows["trained"], before: rows[before],
                                       "pixels": rows["raw pixels"]})
     print(table(rows))
