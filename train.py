@@ -23,15 +23,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data.augment import EpochOrder, Plain, TwoViews, mix_seed
+from data.augment import Batches, Plain, TwoViews, mix_seed
 from data.datasets import NAMES, load_data
 from data.run import (COLUMNS, NEW_RUN, Progress, Stop, merge_json, new_folder, outlive_the_step,
                       read_run, save_checkpoint, write_metrics)
 from data.weights import load_published
 from eval import RawPixels, evaluate, importance_of, one_line, table
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
-                    METHODS, LoDisc, create_vit, first_line, location_mask, momentum_schedule,
-                    require)
+                    METHODS, LoDisc, create_vit, first_line, load_encoder, location_mask,
+                    momentum_schedule, require)
 
 # What stands where the command line leaves it open: for the birds, for a folder on a CPU (where
 # the epochs are those that show the encoder CPU_IMAGES pictures), for a folder on a GPU.
@@ -45,6 +45,7 @@ RECIPES = {
 }
 CPU_IMAGES = 50_000
 FILM = 8  # so many pictures, whose masks are kept at so many moments of the run
+BF16_WIDTH = 192  # a CPU's bfloat16 pays from this width of the encoder on (README, Speed)
 CHECK_EVERY = 50  # steps between looks whether the loss is finite, for which a GPU has to wait
 
 
@@ -95,8 +96,10 @@ def parse_args(argv=None):
     add("--seed", 0, "of weights, order, augmentation and random masks", type=int)
     add("--workers", 2, "processes that load pictures; 0: none", type=int)
     add("--device", "auto", "cuda, mps, cpu; auto: the first there is", "cuda")
-    add("--amp", "auto", "mixed precision; auto: bf16 or else fp16 on CUDA, off elsewhere",
+    add("--amp", "auto", "mixed precision; auto: bf16 or else fp16 on CUDA, bf16 on CPUs "
+        "that have it in hardware for all but vit_nano, else off",
         choices=["auto", "bf16", "fp16", "off"])
+    add("--compile", False, "torch.compile for the encoders", action="store_true")
     add("--out", NEW_RUN, "the run's folder, a new one")
     add("--resume", "none", "go on with the run in this folder, by its settings")
     return vars(parser.parse_args(argv)), defaults
@@ -127,14 +130,17 @@ def pick_device(name):
         raise ValueError(f"--device {name}: {first_line(error)}") from None
 
 
-def pick_precision(amp, device):
-    """The autocast dtype, or None for float32."""
-    if amp == "auto":
-        if device.type != "cuda":
-            return None
+def pick_precision(amp, device, width):
+    """The autocast dtype, or None for float32; width: the encoder's."""
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if device.type == "cuda":
         return (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False)
                 else torch.float16)
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if device.type == "cpu" and width >= BF16_WIDTH:
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else None
+    return None
 
 
 def settle(settings, device, num_images, processes):
@@ -223,6 +229,16 @@ def build_model(settings):
                   hidden_dim=512 if nano else 4096, output_dim=128 if nano else 256)
 
 
+def compile_encoders(model, device):
+    """torch.compile, in place, for the passes that cost; without a compiler for it, as they are."""
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:  # torch has no one class for what is missing
+        return print(f"--compile: going on without it: {first_line(error)}")
+    model.encoder.compile()
+    model.momentum_encoder.compile()
+
+
 def learning_rate(step, warmup, total, peak):
     """Linear rise over the warm-up steps, then half a cosine down to 0 (MoCo v3)."""
     if step < warmup:
@@ -241,7 +257,8 @@ def filmed(settings, data):
 @torch.no_grad()
 def pivotal_masks(model, pictures):
     """Where the momentum encoder looks now: pictures (n, 3, H, W) -> bool (n, N) on the CPU."""
-    importance = importance_of(model.momentum_encoder, pictures, model.importance)
+    with torch.compiler.set_stance("force_eager"):  # compiling again for these few does not pay
+        importance = importance_of(model.momentum_encoder, pictures, model.importance)
     return location_mask(importance, model.keep_ratio, check=False)
 
 
@@ -252,22 +269,15 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
                                   lr=settings["lr"], weight_decay=settings["weight_decay"],
                                   fused=True)
-    precision = pick_precision(settings["amp"], device)
+    precision = pick_precision(settings["amp"], device, model.encoder.dim)
+    print(f"precision: {precision or torch.float32}".replace("torch.", ""))
+    if settings["compile"]:
+        compile_encoders(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
-    # batches hold the same pictures for any number of processes, each of which takes its share
-    order = EpochOrder(len(data.train), settings["batch_size"], settings["seed"], rank, processes)
-    crop = settings["image_size"], settings["mean"], settings["std"]
-    views = TwoViews(data.train, *crop, settings["seed"], settings["crop_min"])
-    generator = torch.Generator()  # of the random and block masks, seeded anew each step
-    loader = DataLoader(views, batch_sampler=order, num_workers=settings["workers"],
-                        generator=generator,  # so that it leaves torch's own alone
-                        pin_memory=device.type == "cuda",
-                        persistent_workers=settings["workers"] > 0,
-                        worker_init_fn=outlive_the_step)
     pictures, moments = filmed(settings, data)
     pictures = pictures.to(device)
-    steps, epochs = order.steps, settings["epochs"]
+    epochs, steps = settings["epochs"], len(data.train) // settings["batch_size"]  # of an epoch
     total, warmup = steps * epochs, steps * settings["warmup_epochs"]
     peak = settings["lr"] * settings["batch_size"] / 256
     step, history, losses = 0, [], torch.zeros(3, device=device)  # losses: summed over an epoch
@@ -283,45 +293,52 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
         if rank == 0:
             write_metrics(folder / "metrics.csv", history)  # cut back to the checkpoint
 
+    # batches hold the same pictures for any number of processes, each of which takes its share
+    batches = Batches(len(data.train), settings["batch_size"], settings["seed"], step, total, rank,
+                      processes)
+    crop = settings["image_size"], settings["mean"], settings["std"]
+    views = TwoViews(data.train, *crop, settings["seed"], settings["crop_min"])
+    generator = torch.Generator()  # of the random and block masks, seeded anew each step
+    loader = DataLoader(views, batch_sampler=batches, num_workers=settings["workers"],
+                        generator=generator,  # so that it leaves torch's own alone
+                        pin_memory=device.type == "cuda", worker_init_fn=outlive_the_step)
     progress = Progress(epochs, steps, settings["batch_size"], step)
     unlearnt = 4 * settings["temperature"] * math.log(settings["batch_size"])
     print(f"a branch that has learnt nothing loses {unlearnt:.3f}; from there the loss should fall")
     model.train()
-    while step < total:
-        epoch = order.epoch = step // steps
-        order.first = step % steps
-        begun, started = step, time.monotonic()
-        for view1, view2 in loader:
-            lr = learning_rate(step, warmup, total, peak)
-            momentum = momentum_schedule(step, total, settings["momentum"])
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            generator.manual_seed(mix_seed(settings["seed"], step, rank))
+    begun, started = step, time.monotonic()
+    for view1, view2 in loader:
+        epoch = step // steps
+        lr = learning_rate(step, warmup, total, peak)
+        momentum = momentum_schedule(step, total, settings["momentum"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        generator.manual_seed(mix_seed(settings["seed"], step, rank))
 
-            view1 = view1.to(device, non_blocking=True)
-            view2 = view2.to(device, non_blocking=True)
-            with torch.autocast(device.type, precision, enabled=precision is not None):
-                output = parallel(view1, view2, generator)
-            optimizer.zero_grad()
-            scaler.scale(output.total).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            model.update_momentum(momentum)
+        view1 = view1.to(device, non_blocking=True)
+        view2 = view2.to(device, non_blocking=True)
+        with torch.autocast(device.type, precision, enabled=precision is not None):
+            output = parallel(view1, view2, generator)
+        optimizer.zero_grad()
+        scaler.scale(output.total).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        model.update_momentum(momentum)
 
-            losses += torch.stack(output[:3]).detach()
-            step += 1
-            progress(epoch, step, lambda: (losses[1:] / (step - epoch * steps)).tolist(), lr,
-                     momentum)
-            if step % CHECK_EVERY == 0:
-                check_finite(losses, step, lr, folder)
-            if stop.agree():
-                break
+        losses += torch.stack(output[:3]).detach()
+        step += 1
+        progress(epoch, step, lambda: (losses[1:] / (step - epoch * steps)).tolist(), lr, momentum)
+        if step % CHECK_EVERY == 0:
+            check_finite(losses, step, lr, folder)
+        epoch_ends = step % steps == 0
+        if not (stop.agree() or epoch_ends):
+            continue
 
         if dist.is_initialized():
             dist.all_reduce(losses)
             losses /= processes
         check_finite(losses, step, lr, folder)
-        if step % steps == 0:
+        if epoch_ends:
             seconds = time.monotonic() - started
             history.append(dict(zip(COLUMNS, (
                 epoch + 1, step, *(losses / steps).tolist(), lr, momentum,
@@ -329,6 +346,7 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
             losses.zero_()
             if epoch + 1 in moments:
                 film.append((step, pivotal_masks(model, pictures)))
+            begun, started = step, time.monotonic()
         if rank == 0:
             write_metrics(folder / "metrics.csv", history)
             save_checkpoint(folder / "checkpoint.pt", config=settings, model=model.state_dict(),
@@ -346,14 +364,14 @@ def check_finite(losses, step, lr, folder):
             "if any, is from before")
 
 
-def judge(settings, data, model, folder, device):
+def judge(settings, data, folder, device):
     """Raw pixels, the encoder before and after training, evaluated the same way, side by side."""
     if data.test is None:
         return print(f"not evaluated: {data.note}")
     crop = settings["image_size"], settings["mean"], settings["std"]
     before = "untrained" if settings["init"] == "none" else "initial"
     encoders = {"raw pixels": RawPixels(), before: build_model(settings).encoder,
-                "trained": model.encoder}
+                "trained": load_encoder(folder)}
     rows = evaluate(encoders, data, crop, "all", device, settings["workers"], settings["seed"])
     merge_json(folder / "eval.json", {**rows["trained"], before: rows[before],
                                       "pixels": rows["raw pixels"]})
@@ -399,7 +417,7 @@ def main(argv=None):
         sys.exit(1 if rank > 0 else
                  f"\nstopped and saved; go on with: {launcher} train.py --resume {folder}")
     if rank == 0:
-        judge(settings, data, model, folder, device)
+        judge(settings, data, folder, device)
 
 
 if __name__ == "__main__":

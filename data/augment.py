@@ -80,29 +80,33 @@ class TwoViews(Dataset):
             return self.view1(image), self.view2(image)
 
 
-class EpochOrder(Sampler):
-    """Batches of (epoch, index) pairs in an order seeded by (seed, epoch); whole batches only.
+class Batches(Sampler):
+    """Batches of (epoch, index) pairs, from one step of a run to its end, epoch after epoch.
 
-    Set .epoch before each epoch, and .first, the step in it to begin at. The epoch travels with
-    the index, since workers that stay alive keep the data set they began with. Of each batch a
-    process yields its own share: rank 0 the first part, and so on.
+    The order is seeded by (seed, epoch); what does not fill a batch at an epoch's end is left out.
+    Of each batch a process yields its own share: rank 0 the first part, and so on. One iteration
+    for the whole run, so that the loading processes never wait for an epoch's end.
     """
 
-    def __init__(self, length, batch_size, seed, rank=0, processes=1):
+    def __init__(self, length, batch_size, seed, first=0, last=None, rank=0, processes=1):
+        """length: of the data set; first, last: steps from the run's beginning."""
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.share = rank, batch_size // processes
-        self.steps = length // batch_size  # of an epoch
-        self.epoch = self.first = 0
+        self.steps = range(first, length // batch_size if last is None else last)
 
     def __len__(self):
-        return self.steps - self.first
+        return len(self.steps)
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator).tolist()
-        for step in range(self.first, self.steps):
-            start = step * self.batch_size + self.rank * self.share
-            yield [(self.epoch, index) for index in order[start:start + self.share]]
+        drawn = None
+        for step in self.steps:
+            epoch, batch = divmod(step, self.length // self.batch_size)
+            if epoch != drawn:
+                generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+                order = torch.randperm(self.length, generator=generator).tolist()
+                drawn = epoch
+            start = batch * self.batch_size + self.rank * self.share
+            yield [(epoch, index) for index in order[start:start + self.share]]
 
 
 class Plain(Dataset):

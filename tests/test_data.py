@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from data.augment import EpochOrder, Plain, TwoViews, mix_seed, plain_crop
+from data.augment import Batches, Plain, TwoViews, mix_seed, plain_crop
 from data import birds
 from data.birds import BIRD, CLASSES, FAMILIES, PART, SPECIES, Birds, draw
 from data.datasets import load_data
@@ -96,30 +96,24 @@ def test_augmentation_is_byols_asymmetric_pair():
         assert tuple(blurred.transforms[0].sigma) == (0.1, 2.0)
 
 
-def flat(order):
-    return [pair for batch in order for pair in batch]
-
-
 def test_order_is_seeded_by_seed_and_epoch():
-    order = EpochOrder(20, 4, seed=1)
-    first = flat(order)
-    assert first == flat(order) and sorted(i for _, i in first) == list(range(20))
-    assert {epoch for epoch, _ in first} == {0} and [i for _, i in first] != list(range(20))
-    order.epoch = 1
-    assert {epoch for epoch, _ in flat(order)} == {1}
-    assert [i for _, i in flat(order)] != [i for _, i in first]
-    assert [i for _, i in flat(EpochOrder(20, 4, seed=2))] != [i for _, i in first]
+    batches = list(Batches(20, 4, seed=1, last=10))
+    assert batches == list(Batches(20, 4, seed=1, last=10))
+    first, second = (sum(part, []) for part in (batches[:5], batches[5:]))
+    for epoch, pairs in enumerate([first, second]):
+        assert {e for e, _ in pairs} == {epoch} and sorted(i for _, i in pairs) == list(range(20))
+    orders = [[i for _, i in pairs] for pairs in (first, second, sum(Batches(20, 4, seed=2), []))]
+    assert len({tuple(order) for order in [*orders, range(20)]}) == 4
     assert len({mix_seed(s, e, i) for s in range(10) for e in range(10) for i in range(50)}) == 5000
 
 
 def test_batches_are_whole_and_shared_among_processes():
-    whole = EpochOrder(23, 6, seed=1)
-    assert len(whole) == 3 and [len(batch) for batch in whole] == [6, 6, 6]
-    shares = [list(EpochOrder(23, 6, 1, rank, 3)) for rank in range(3)]
+    whole = Batches(23, 6, seed=1, last=7)
+    assert len(whole) == 7 and [len(batch) for batch in whole] == [6] * 7
+    shares = [list(Batches(23, 6, 1, 0, 7, rank, 3)) for rank in range(3)]
     assert [sum(batches, []) for batches in zip(*shares)] == list(whole)
-    batches = list(whole)
-    whole.first = 2
-    assert list(whole) == batches[2:] and len(whole) == 1
+    rest = Batches(23, 6, seed=1, first=4, last=7)  # as after a resume
+    assert list(rest) == list(whole)[4:] and len(rest) == 3
 
 
 def test_plain_crop_takes_the_middle():

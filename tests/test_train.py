@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import eval as judging
 import train
 from conftest import same, weights
-from lodisc import load_encoder
+from lodisc import LoDisc, VisionTransformer, load_encoder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(__file__).parent.parent
@@ -170,16 +171,52 @@ def test_what_a_folder_alone_chooses_is_printed(flowers, capsys):
     assert settings["arch"] == "vit_nano" and settings["epochs"] == 200
 
 
-def test_precision_follows_the_device():
+def test_precision_follows_the_device(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert train.pick_precision("auto", cpu) is None and train.pick_precision("off", cuda) is None
-    assert train.pick_precision("bf16", cpu) == torch.bfloat16
-    assert train.pick_precision("fp16", cuda) == torch.float16
+    assert train.pick_precision("off", cuda, 768) is None
+    assert train.pick_precision("bf16", cpu, 96) == torch.bfloat16
+    assert train.pick_precision("fp16", cuda, 96) == torch.float16
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "is_bf16_supported",
-                          lambda including_emulation=True: including_emulation or supported)
-            assert train.pick_precision("auto", cuda) == dtype
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation=True: including_emulation or supported)
+        assert train.pick_precision("auto", cuda, 96) == dtype
+    for has, dtype in (({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": True}, torch.bfloat16),
+                       ({"avx512_bf16": False, "avx2": True}, None)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+        assert train.pick_precision("auto", cpu, 768) == dtype
+        assert train.pick_precision("auto", cpu, 96) is None  # slower for vit_nano
+        assert train.pick_precision("auto", torch.device("mps"), 768) is None
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # what cannot be asked is not there
+    assert train.pick_precision("auto", cpu, 768) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("local_input", ["pixels", "tokens"])
+def test_compiled_passes_give_the_same(local_input):
+    def step(compiled):
+        torch.manual_seed(0)
+        encoder = VisionTransformer(32, 8, dim=48, depth=2, heads=3)
+        model = LoDisc(encoder, local_input=local_input, hidden_dim=64, output_dim=32)
+        if compiled:
+            train.compile_encoders(model, torch.device("cpu"))
+        views = torch.randn(2, 8, 3, 32, 32)
+        output = model(*views)
+        output.total.backward()
+        return [*output[:3], *output.masks, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    for plain, compiled in zip(step(False), step(True), strict=True):
+        error = (plain.float() - compiled.float()).abs().max()
+        assert error < 1e-5 * plain.float().abs().max().clamp_min(1)  # near 0, the token's is steep
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_without_a_compiler_training_goes_on(flowers):
+    options = ["--data", flowers / "train", *SMALL, "--epochs", "1", "--compile", "--out", "run"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *map(str, options)], capture_output=True, text=True,
+        env={**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(flowers)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--compile: going on without it") == 1
 
 
 def test_nothing_that_exists_is_overwritten(flowers):
