@@ -93,15 +93,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, attention=None):
-        """x (B, 1+N, D) -> (B, 1+N, D), and None, (B, h, 1+N) or (B, h, 1+N, 1+N)."""
+    def forward(self, x, attention=None, class_only=False):
+        """x (B, 1+N, D) -> (B, 1+N, D), or (B, 1, D) if only the class token asks; and the
+        weights: None, (B, h, 1+N) or (B, h, 1+N, 1+N), whoever asks.
+        """
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, 1+N, d)
         weights = None
         if attention == "row":
             weights = attention_weights(q[:, :, :1], k).squeeze(2)  # (B, h, 1+N)
         elif attention == "full":
             weights = attention_weights(q, k)  # (B, h, 1+N, 1+N)
+        if class_only:
+            q = q[:, :, :1]
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, 1+N, d)
         return self.proj(rearrange(x, "b h n d -> b n (h d)")), weights
 
 
@@ -128,10 +132,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
 
-    def forward(self, x, attention=None):
-        """x (B, 1+N, D) -> (B, 1+N, D), and the attention weights asked for."""
-        attended, weights = self.attn(self.norm1(x), attention)
-        x = x + attended
+    def forward(self, x, attention=None, class_only=False):
+        """x (B, 1+N, D) -> (B, 1+N, D), or of that the class token's (B, 1, D) alone, without
+        the work for the others; and the attention weights asked for.
+        """
+        attended, weights = self.attn(self.norm1(x), attention, class_only)
+        x = (x[:, :1] if class_only else x) + attended
         return x + self.mlp(self.norm2(x)), weights
 
 
@@ -239,8 +245,8 @@ class VisionTransformer(nn.Module):
         token = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+N, D)
         attentions = []
-        for block in self.blocks:
-            x, weights = block(x, attention)
+        for block in self.blocks:  # of the last layer's output the class token alone is used
+            x, weights = block(x, attention, class_only=block is self.blocks[-1])
             if attention is not None:
                 attentions.append(weights)
         return self.norm(x[:, 0]), attentions  # (B, D)
@@ -263,10 +269,9 @@ class VisionTransformer(nn.Module):
 
 
 def create_vit(name: str, image_size: int, patch_size: int, **options) -> VisionTransformer:
-    """A new encoder by name: vit_nano (for CPUs), vit_tiny, vit_small or vit_base.
+    """A new encoder by its name in ARCHITECTURES; sizes in pixels, options as in VisionTransformer.
 
-    image_size and patch_size in pixels; options as in VisionTransformer. Weights are drawn from
-    torch's global generator: call torch.manual_seed first. Raises ValueError for unknown names.
+    Weights are drawn from torch's global generator: call torch.manual_seed first.
     """
     require(name in ARCHITECTURES, f"unknown encoder {name!r}, have {', '.join(ARCHITECTURES)}")
     return VisionTransformer(image_size, patch_size, **ARCHITECTURES[name], **options)
@@ -300,7 +305,7 @@ def attention_product(attentions: list[Tensor]) -> Tensor:
     Returns (B, N) float32, the LOG of the product: log A_i = sum over l of log a_l^i. A product
     of twelve weights of about 1/N underflows in half precision and soon in float32; the sum of
     logarithms has the same order and does not. A weight that is 0 counts as float32's smallest.
-    Raises ValueError for what is no such list. Source: the paper's overview figure.
+    Source: the paper's overview figure. Raises ValueError for what is no such list.
     """
     check_layers(attentions)
     total = carry = 0
@@ -316,9 +321,8 @@ def attention_product(attentions: list[Tensor]) -> Tensor:
 def attention_rollout(attentions: list[Tensor]) -> Tensor:
     """Attention rollout: the matrix product of (A_l + I) / 2 over layers, class token's row.
 
-    attentions: full matrices (B, h, 1+N, 1+N), one a layer, first layer first -> (B, N).
-    Source: Abnar and Zuidema 2020, section 3. Raises ValueError when given rows only: the matrix
-    product needs what flows between patches too.
+    attentions: full matrices (B, h, 1+N, 1+N), one a layer, first layer first -> (B, N); rows
+    are a ValueError, as it matters what flows between patches. Abnar and Zuidema 2020, section 3.
     """
     check_layers(attentions)
     require(attentions[0].ndim == 4, "attention_rollout needs full matrices (B, heads, 1+N, 1+N), "
@@ -355,10 +359,9 @@ def kept_count(num_patches: int, keep_ratio: float) -> int:
 def location_mask(importance: Tensor, keep_ratio: float, check: bool = True) -> Tensor:
     """Keep the most important patches of every image: (B, N) -> bool (B, N), True = kept.
 
-    Exactly max(1, floor(keep_ratio * N + 1e-9)) a row; of equal importances the lower index wins,
-    so the mask is the same on every device. Source: "location-wise mask strategy" in the figure
-    (flatten, sort, threshold, back to the grid). Raises ValueError for another rank, a keep_ratio
-    outside (0, 1], or NaN; check=False skips the look for NaN, for which a GPU would have to wait.
+    Exactly kept_count a row; of equal importances the lower index wins, so the mask is the same
+    on every device. Source: "location-wise mask strategy" in the figure (flatten, sort, threshold,
+    back to the grid). Raises ValueError for NaN; check=False skips that look, a wait on a GPU.
     """
     require(importance.ndim == 2 and importance.shape[1] > 0,
             f"expected importance (B, N), got {tuple(importance.shape)}")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import vit_b_16
 
-from lodisc import VisionTransformer, attention_weights, create_vit, sincos_positions
+from lodisc import Block, VisionTransformer, attention_weights, create_vit, sincos_positions
 
 
 def torchvision_weights(model):
@@ -80,6 +80,23 @@ def test_full_matrices_are_those_of_the_features():
     v = seen["qkv"].unflatten(-1, (3, 3, 32))[:, :, 2].transpose(1, 2)  # (B, h, 1+N, d)
     expected = (matrices[1] @ v).transpose(1, 2).flatten(2)
     assert torch.allclose(seen["into"], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", [None, "row", "full"])
+def test_class_only_is_the_class_tokens_place_of_the_whole(attention):
+    block, x = Block(48, 3).double(), torch.randn(2, 10, 48, dtype=torch.float64)
+    (whole, weights), (alone, same_weights) = block(x, attention), block(x, attention, True)
+    assert alone.shape == (2, 1, 48)
+    assert torch.allclose(alone, whole[:, :1], atol=1e-12)
+    assert (weights is same_weights is None) if attention is None else weights.equal(same_weights)
+
+
+def test_the_last_layer_works_for_the_class_token_alone():
+    encoder, inside = create_vit("vit_nano", 32, 8), []
+    for block in encoder.blocks:
+        block.mlp.register_forward_hook(lambda module, args, out: inside.append(out.shape[1]))
+    encoder(torch.randn(2, 3, 32, 32))
+    assert inside == [17, 17, 17, 1]
 
 
 class Recorder(TorchDispatchMode):

@@ -1,0 +1,261 @@
+"""How long a training step takes, where the time goes, and how far that is from the limit.
+
+    python tests/benchmark.py
+    python tests/benchmark.py --arch vit_base --image-size 224 --patch-size 16 --batch-size 8
+    python tests/benchmark.py --rounds 30 --device cuda --compile --local-input tokens
+
+Options are those of train.py, and --rounds: how often each thing is timed. Everything takes turns,
+so that a machine's moods fall on all alike; figures are medians. Nothing is written.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train  # before torch: it says how idle threads wait
+
+import torch
+from torch.utils.data import DataLoader
+
+from data.augment import Batches, TwoViews
+from data.datasets import load_data
+from lodisc import first_line, kept_indices, location_mask
+
+PARTS = {"query": "online forward", "global_key": "momentum", "pivotal_mask": "mask",
+         "local_key": "local", "contrast": "loss"}  # methods of LoDisc, in the figure's words
+
+
+# --- the arithmetic: floating point operations, a multiplication and an addition making two -------
+
+
+def encoder_flops(encoder, tokens=None, attention=None):
+    """Of one image's forward pass: (patch projection, all else). tokens: patches that enter."""
+    dim, n = encoder.dim, 1 + (tokens or encoder.num_patches)
+    projection = 2 * encoder.num_patches * 3 * encoder.patch_size**2 * dim
+    rest = 0
+    for block in encoder.blocks:
+        asking = 1 if block is encoder.blocks[-1] else n  # tokens whose output is used
+        rest += 2 * n * 3 * dim**2 + 2 * 2 * asking * n * dim + 2 * asking * 9 * dim**2
+        rest += {None: 0, "row": 2 * n * dim, "full": 2 * n * n * dim}[attention]
+    return projection, rest
+
+
+def head_flops(head):
+    return sum(2 * m.in_features * m.out_features for m in head if hasattr(m, "in_features"))
+
+
+def step_flops(model, batch):
+    """Of a training step but for the optimiser; backward = 2 x forward, nothing computed twice."""
+    encoder, projector = model.encoder, head_flops(model.projector)
+    projection, rest = encoder_flops(encoder)
+    trains = encoder.patch_embed.proj.weight.requires_grad  # if so, by its weights; pictures do not
+    online = (1 + trains) * projection + 3 * (rest + projector + head_flops(model.predictor))
+    looks = model.method != "global" and model.mask in ("location", "least")
+    stored = ("full" if model.importance == "rollout" else "row") if looks else None
+    momentum = sum(encoder_flops(encoder, attention=stored)) + projector
+    local = sum(encoder_flops(encoder, model.num_kept if model.local_input == "tokens" else None))
+    local = 0 if model.method == "global" else local + projector
+    logits = 2 * 2 * batch * model.predictor[-1].num_features  # backward to the query alone
+    contrasts = 2 if model.method == "lodisc" else 1
+    return 2 * batch * (online + momentum + local + contrasts * logits)
+
+
+# --- the clock --------------------------------------------------------------------------------
+
+
+def timed(function, *args):
+    """(seconds, what the function gave), with everything done that was begun."""
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = function(*args)
+    wait()
+    return time.perf_counter() - start, result
+
+
+def peak_memory(device):
+    """In GiB: of the GPU, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Trainer:
+    """A training step as train.py's loop makes it, on the same two views over and over."""
+
+    def __init__(self, settings, device, precision):
+        self.model = train.build_model(settings).to(device).train()
+        self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad),
+                                           lr=1e-6, weight_decay=0.1, fused=True)
+        self.precision, self.device = precision, device
+        if settings["compile"]:
+            train.compile_encoders(self.model, device)
+        size = settings["image_size"]
+        self.views = torch.randn(2, settings["batch_size"], 3, size, size, device=device)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
+
+    def forward(self):
+        with self.autocast():
+            return self.model(*self.views, torch.Generator().manual_seed(0)).total
+
+    def update(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step(self):
+        self.forward().backward()
+        self.update()
+        self.model.update_momentum(0.99)
+
+    def split(self):
+        """{part: seconds} of a step, each part waited for."""
+        seconds = defaultdict(float)
+
+        def clocked(name, method):
+            def call(*args):
+                taken, result = timed(method, *args)
+                seconds[PARTS[name]] += taken
+                return result
+            return call
+
+        for name in PARTS:
+            setattr(self.model, name, clocked(name, getattr(self.model, name)))
+        loss = self.forward()
+        for name in PARTS:
+            delattr(self.model, name)
+        seconds["backward"] = timed(loss.backward)[0]
+        seconds["optimiser"] = timed(self.update)[0]
+        seconds["EMA"] = timed(self.model.update_momentum, 0.99)[0]
+        return seconds
+
+    @torch.no_grad()
+    def passes(self, keep):
+        """{encoder pass over one view: seconds}; what a step cannot do without."""
+        view, encoder, seconds = self.views[0], self.model.momentum_encoder, {}
+        with self.autocast():
+            seconds["forward"] = timed(encoder, view)[0]
+            seconds["storing rows"] = timed(encoder, view, "row")[0]
+            seconds["local"] = timed(encoder, view, None, keep)[0]
+            with torch.enable_grad():
+                seconds["online"], features = timed(lambda: self.model.encoder(view)[0])
+        seconds["online"] += timed(features.backward, torch.ones_like(features))[0]
+        self.optimizer.zero_grad()
+        return seconds
+
+
+def matrix_product(device, dtype):
+    """A function that multiplies two large matrices, and its floating point operations."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return lambda: a @ b, 2 * n**3
+
+
+def input_rate(settings, batches=8):
+    """Images/s of the input pipeline alone."""
+    dataset = load_data(settings["data"], settings["data_root"]).train
+    crop = settings["image_size"], settings["mean"], settings["std"]
+    views = TwoViews(dataset, *crop, settings["seed"], settings["crop_min"])
+    order = Batches(len(dataset), settings["batch_size"], settings["seed"], 0, batches + 2)
+    loader = iter(DataLoader(views, batch_sampler=order, num_workers=settings["workers"]))
+    next(loader), next(loader)  # the workers have begun
+    seconds, _ = timed(lambda: [next(loader) for _ in range(batches)])
+    return batches * settings["batch_size"] / seconds
+
+
+# --- the report -------------------------------------------------------------------------------
+
+
+def medians(rounds):
+    return {name: statistics.median(seconds[name] for seconds in rounds) for name in rounds[0]}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--rounds", type=int, default=10)
+    args, rest = parser.parse_known_args(argv)
+    given, defaults = train.parse_args(rest)
+    settings = {**defaults, **given}
+    device = train.pick_device(settings["device"])
+    data = load_data(settings["data"], settings["data_root"])
+    train.settle(settings, device, max(len(data.train), settings["batch_size"] or 0), 1)
+    arch, size, batch = settings["arch"], settings["image_size"], settings["batch_size"]
+    precision = train.pick_precision(settings["amp"], device, train.ARCHITECTURES[arch]["dim"])
+    name = torch.cuda.get_device_name() if device.type == "cuda" else (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    shown = str(precision or torch.float32).removeprefix("torch.")
+    print(f"{arch}, {size} px, batch {batch}, {settings['local_input']}, {shown}, torch "
+          f"{torch.__version__}, on {device} ({name}), {args.rounds} rounds")
+
+    lodisc = Trainer({**settings, "method": "lodisc"}, device, precision)
+    lodisc.step(), lodisc.step()
+    memory = peak_memory(device)
+    plain = Trainer({**settings, "method": "global"}, device, precision)
+    plain.step(), plain.step()
+    model = lodisc.model
+    random = location_mask(torch.rand(batch, model.encoder.num_patches, device=device),
+                           settings["keep_ratio"])
+    tokens = settings["local_input"] == "tokens"
+    keep = kept_indices(random, model.num_kept) if tokens else None
+    product, product_flops = matrix_product(device, precision or torch.float32)
+    with torch.no_grad():
+        attention = torch.rand(12, 256, 12, 197, device=device).softmax(-1).unbind()
+    lodisc.split(), plain.split(), lodisc.passes(keep), product()  # warm
+
+    rounds, splits, plain_splits, passes = [], [], [], []
+    for _ in range(args.rounds):
+        rounds.append({"lodisc": timed(lodisc.step)[0], "global": timed(plain.step)[0],
+                       "product": timed(product)[0],
+                       "mask": timed(lambda: model.pivotal_mask(lodisc.views[0], attention,
+                                                                None))[0]})
+        splits.append(lodisc.split())
+        plain_splits.append(plain.split())
+        passes.append(lodisc.passes(keep))
+    whole, passed = medians(rounds), medians(passes)
+    split = {"lodisc": medians(splits), "global": medians(plain_splits)}
+
+    print(f"\n{'ms':<16}{'lodisc':>12}{'global':>12}")
+    for part in (*PARTS.values(), "backward", "optimiser", "EMA"):
+        print(f"{part:<16}" + "".join(f"{split[m].get(part, 0) * 1e3:>12.1f}" for m in split))
+    flops = {"lodisc": step_flops(lodisc.model, batch), "global": step_flops(plain.model, batch)}
+    rate = product_flops / whole["product"]
+    limit = 2 * (passed["online"] + passed["forward"])
+    limit = {"lodisc": limit + 2 * passed["local"], "global": limit}
+    for label, figure in (("whole step", lambda m: whole[m] * 1e3),
+                          ("limit: passes", lambda m: limit[m] * 1e3),
+                          ("images/s", lambda m: batch / whole[m]),
+                          ("GFLOP a step", lambda m: flops[m] / 1e9),
+                          ("GFLOP/s", lambda m: flops[m] / whole[m] / 1e9)):
+        print(f"{label:<16}" + "".join(f"{figure(m):>12.1f}" for m in whole if m in flops))
+
+    print(f"\nlodisc / global: {whole['lodisc'] / whole['global']:.3f}; by the arithmetic "
+          f"{flops['lodisc'] / flops['global']:.3f}")
+    print(f"limit / step: {limit['lodisc'] / whole['lodisc']:.3f}, the limit being the encoder's "
+          "passes alone, timed here")
+    print(f"a large matrix product: {rate / 1e9:.0f} GFLOP/s; the step reaches "
+          f"{flops['lodisc'] / whole['lodisc'] / rate:.3f} of it")
+    print(f"storing the class rows: {passed['storing rows'] / passed['forward'] - 1:+.1%} of a "
+          "momentum pass")
+    print(f"importance and mask of 256 images x 196 patches, 12 layers: {whole['mask'] * 1e3:.1f} "
+          f"ms, {whole['mask'] / 256 / (whole['lodisc'] / batch):.2%} of as many images' step")
+    print(f"peak memory: {memory:.2f} GiB")
+    rate, needed = input_rate(settings), batch / whole["lodisc"]
+    print(f"input alone, {settings['workers']} workers: {rate:.0f} images/s, the step takes "
+          f"{needed:.0f}: the {'input' if rate < needed else 'step'} is the bottleneck")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"benchmark.py: {first_line(error)}")
