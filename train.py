@@ -4,7 +4,7 @@
     python train.py --data DIR                 a folder of pictures, see data/README.md
     torchrun --nproc_per_node=8 train.py ...   a process for each of eight GPUs
 
-A run writes config.json, metrics.csv and checkpoint.pt into its folder; eval.py reads them.
+A run writes config.json, metrics.csv, checkpoint.pt, eval.json and run.png into its folder.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader
 
 from data.augment import Batches, Plain, TwoViews, mix_seed
 from data.datasets import NAMES, load_data
-from data.run import (COLUMNS, NEW_RUN, Progress, Stop, merge_json, new_folder, outlive_the_step,
-                      read_run, save_checkpoint, write_metrics)
+from data.draw import draw_run
+from data.run import (COLUMNS, FILM, NEW_RUN, Progress, Stop, filmed, merge_json, new_folder,
+                      outlive_the_step, read_run, save_checkpoint, write_metrics)
 from data.weights import load_published
 from eval import RawPixels, evaluate, importance_of, one_line, table
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
@@ -44,7 +45,6 @@ RECIPES = {
                 batch_size=256, lr=1e-3, momentum=0.99),
 }
 CPU_IMAGES = 50_000
-FILM = 8  # so many pictures, whose masks are kept at so many moments of the run
 BF16_WIDTH = 192  # a CPU's bfloat16 pays from this width of the encoder on (README, Speed)
 CHECK_EVERY = 50  # steps between looks whether the loss is finite, for which a GPU has to wait
 
@@ -246,14 +246,6 @@ def learning_rate(step, warmup, total, peak):
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
-def filmed(settings, data):
-    """(training pictures (8, 3, H, W), the epochs after which their masks are kept)."""
-    crop = settings["image_size"], settings["mean"], settings["std"]
-    plain, n = Plain(data.train, *crop), len(data.train)
-    pictures = torch.stack([plain[i * n // FILM][0] for i in range(FILM)])
-    return pictures, {round(i * settings["epochs"] / (FILM - 1)) for i in range(FILM)}
-
-
 @torch.no_grad()
 def pivotal_masks(model, pictures):
     """Where the momentum encoder looks now: pictures (n, 3, H, W) -> bool (n, N) on the CPU."""
@@ -275,8 +267,10 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
         compile_encoders(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
-    pictures, moments = filmed(settings, data)
-    pictures = pictures.to(device)
+    crop = settings["image_size"], settings["mean"], settings["std"]
+    plain = Plain(data.train, *crop)
+    pictures = torch.stack([plain[i][0] for i in filmed(len(plain))]).to(device)
+    moments = {round(i * settings["epochs"] / (FILM - 1)) for i in range(FILM)}  # in epochs
     epochs, steps = settings["epochs"], len(data.train) // settings["batch_size"]  # of an epoch
     total, warmup = steps * epochs, steps * settings["warmup_epochs"]
     peak = settings["lr"] * settings["batch_size"] / 256
@@ -296,7 +290,6 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
     # batches hold the same pictures for any number of processes, each of which takes its share
     batches = Batches(len(data.train), settings["batch_size"], settings["seed"], step, total, rank,
                       processes)
-    crop = settings["image_size"], settings["mean"], settings["std"]
     views = TwoViews(data.train, *crop, settings["seed"], settings["crop_min"])
     generator = torch.Generator()  # of the random and block masks, seeded anew each step
     loader = DataLoader(views, batch_sampler=batches, num_workers=settings["workers"],
@@ -418,6 +411,8 @@ def main(argv=None):
                  f"\nstopped and saved; go on with: {launcher} train.py --resume {folder}")
     if rank == 0:
         judge(settings, data, folder, device)
+        draw_run(folder, data.train)
+        print(f"drawn: {folder / 'run.png'}")
 
 
 if __name__ == "__main__":

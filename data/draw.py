@@ -1,12 +1,22 @@
-"""Pictures for people, drawn with Pillow: where an encoder looks."""
+"""Pictures for people, drawn with Pillow: where an encoder looks, and how a run went."""
+
+import math
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.transforms import v2
+
+from .augment import plain_crop
+from .run import filmed, read_json
 
 TILE = 128  # pixels a side of a picture on a sheet
 GAP, MARGIN = 4, 112
 # Anchors of a dark-to-light map that colour-blind readers can follow (the shape of "viridis").
 HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+# and three that they tell apart (Okabe and Ito 2008)
+BLUE, ORANGE, GREY = (0, 114, 178), (230, 159, 0), (150, 150, 150)
+WIDTH, HEIGHT, FRAME = 1200, 340, 133  # of the picture of a run, its upper half, a tile's step
 
 
 def heat_map(values, picture):
@@ -47,3 +57,103 @@ def mask_sheet(pictures, importance, masks):
         for x, tile in enumerate(tiles):
             sheet.paste(tile, (MARGIN + x * step, GAP + y * step))
     return sheet
+
+
+def curves(pen, box, lines, level, font):
+    """lines {(name, colour): values, one an epoch} into box, and a dashed line at level."""
+    left, top, right, bottom = box
+    values = [value for line in lines.values() for value in line] + [level]
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or 1.0
+    low, high, epochs = low - margin, high + margin, max(len(line) for line in lines.values())
+
+    def at(epoch, value):
+        return (left + (right - left) * epoch / epochs,
+                bottom - (bottom - top) * (value - low) / (high - low))
+
+    pen.line([(left, top), (left, bottom), (right, bottom)], "black")
+    for value in np.linspace(low + margin, high - margin, 5):
+        pen.text((left - 6, at(0, value)[1]), f"{value:.2f}", "black", font, anchor="rm")
+    for epoch in sorted({round(epochs * part / 5) for part in range(6)}):
+        pen.text((at(epoch, low)[0], bottom + 6), str(epoch), "black", font, anchor="mt")
+    pen.text(((left + right) / 2, bottom + 26), "epoch", "black", font, anchor="mt")
+    for x in range(left, right, 12):
+        pen.line([(x, at(0, level)[1]), (x + 6, at(0, level)[1])], GREY, 2)
+    pen.text((right, at(0, level)[1] - 4), "has learnt nothing", GREY, font, anchor="rb")
+    for i, ((name, colour), line) in enumerate(lines.items()):
+        points = [at(epoch, value) for epoch, value in enumerate(line, start=1)]
+        pen.line(points, colour, 3)
+        for x, y in points if len(points) < 40 else points[-1:]:
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+        pen.text((left + 12 + 130 * i, top - 8), name, colour, font, anchor="lb")
+
+
+def bars(pen, box, rows, font):
+    """rows {(name, colour): {figure: value in [0, 1]}} as groups of bars into box."""
+    left, top, right, bottom = box
+    names = list(next(iter(rows.values())))
+    group = (right - left) / len(names)
+    width = int(0.8 * group / len(rows))
+    for i, ((name, colour), values) in enumerate(rows.items()):
+        pen.text((left + 12 + 130 * i, top - 8), name, colour, font, anchor="lb")
+        for j, figure in enumerate(names):
+            x = int(left + group * (j + 0.1)) + i * width
+            y = bottom - (bottom - top) * values[figure]
+            pen.rectangle((x, y, x + width - 3, bottom), colour)
+            pen.text((x + width / 2 - 1, y - 3), f"{values[figure]:.2f}", "black", font,
+                     anchor="mb")
+    for j, figure in enumerate(names):
+        pen.text((left + group * (j + 0.5), bottom + 6), figure, "black", font, anchor="mt")
+    pen.line([(left, bottom), (right, bottom)], "black")
+
+
+def run_sheet(losses, unlearnt, figures, pictures, film):
+    """A run at a glance, 1,200 px wide: losses, figures before and after, where it looked.
+
+    losses     {name: values, one an epoch}; unlearnt: the loss of a branch that has learnt nothing
+    figures    {"pixels", "before", "trained": {figure: value}}, or None
+    pictures   n PIL images of one size; film: [(epoch, masks (n, N))], a column each
+    """
+    font, large = ImageFont.load_default(14), ImageFont.load_default(16)
+    sheet = Image.new("RGB", (WIDTH, HEIGHT + 40 + FRAME * len(pictures)), "white")
+    pen = ImageDraw.Draw(sheet)
+    lines = dict(zip(zip(losses, (BLUE, ORANGE)), losses.values()))
+    curves(pen, (70, 40, WIDTH // 2 - 40, HEIGHT - 60), lines, unlearnt, font)
+    box = (WIDTH // 2 + 30, 40, WIDTH - 20, HEIGHT - 60)
+    if figures:
+        bars(pen, box, dict(zip(zip(figures, (GREY, ORANGE, BLUE)), figures.values())), font)
+    else:
+        pen.text((box[0], box[1]), "not evaluated", "black", large)
+    side = round(len(film[0][1][0]) ** 0.5)
+    step = min(FRAME, WIDTH // (len(film) + 1))
+    heads = ["picture", *(f"epoch {epoch}" for epoch, _ in film)]
+    for x, head in enumerate(heads):
+        pen.text((x * step + step / 2, HEIGHT + 16), head, "black", large, anchor="mm")
+    for y, picture in enumerate(pictures):
+        tile = picture.resize((step - GAP, step - GAP), Image.BICUBIC)
+        row = [tile, *(kept_patches(np.asarray(masks[y]).reshape(side, side), tile)
+                       for _, masks in film)]
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * step + GAP, HEIGHT + 32 + y * step))
+    return sheet.quantize(256)  # a third of the bytes
+
+
+def draw_run(folder, dataset):
+    """Write a finished run's folder/run.png; dataset: what it trained on, for the pictures."""
+    run = torch.load(folder / "checkpoint.pt", weights_only=True, mmap=True)  # not the weights
+    config, history = run["config"], run["history"]
+    losses = {name.replace("_", " "): [row[name] for row in history]
+              for name in ("global_loss", "local_loss") if any(row[name] for row in history)}
+    judged = read_json(folder / "eval.json") if (folder / "eval.json").exists() else {}
+    before = "untrained" if "untrained" in judged else "initial"
+    rows = {"raw pixels": judged.get("pixels"), before: judged.get(before), "trained": judged}
+    names = {"linear top-1": ("linear", "top1"), "k-NN top-1": ("knn", "top1"),
+             "rank-1": ("retrieval", "rank1"), "mAP": ("retrieval", "mAP")}
+    figures = {row: {name: results[part][key] for name, (part, key) in names.items()
+                     if part in results} for row, results in rows.items() if results}
+    crop = v2.Compose(plain_crop(config["image_size"]))
+    steps = len(dataset) // config["batch_size"]
+    sheet = run_sheet(losses, 4 * config["temperature"] * math.log(config["batch_size"]), figures,
+                      [crop(dataset[i][0]) for i in filmed(len(dataset))],
+                      [(step // steps, masks) for step, masks in run["film"]])
+    sheet.save(folder / "run.png")

@@ -17,6 +17,7 @@ from lodisc import first_line, require
 NEW_RUN = "runs/<data>-<method>-<n>"
 COLUMNS = ("epoch", "step", "total", "global_loss", "local_loss", "lr", "momentum",
            "images_per_second", "seconds")
+FILM = 8  # so many training pictures, whose masks are kept at so many moments of the run
 FREE = ("resume", "download", "device", "workers")  # settings that --resume may change
 
 
@@ -60,6 +61,11 @@ def merge_json(path, results):
     """Add results to a JSON file; figures of other kinds that it holds already stay."""
     known = read_json(path) if path.exists() else {}
     path.write_text(json.dumps({**known, **results}, indent=2) + "\n")
+
+
+def filmed(n):
+    """Which of n training pictures have their masks kept."""
+    return [i * n // FILM for i in range(FILM)]
 
 
 class Stop:

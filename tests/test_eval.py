@@ -116,6 +116,14 @@ def test_retrieval_against_a_loop(block):
     assert (result["queries"], result["left_out"]) == (59, 1)
 
 
+def test_equally_near_images_of_other_classes_come_first():
+    """Features that tell nothing apart find nothing: the k right ones stand behind all others."""
+    labels = torch.arange(40) % 10  # three others of its class, 36 of another
+    result = judging.retrieval((torch.ones(40, 8), labels))
+    assert result["rank1"] == result["rank5"] == 0
+    assert result["mAP"] == pytest.approx((1 / 37 + 2 / 38 + 3 / 39) / 3)
+
+
 def test_localisation_of_masks_that_are_known(monkeypatch):
     """Importance equal to the bird's share of a patch finds the bird; its opposite avoids it."""
     encoder, birds = create_vit("vit_nano", 48, 8), Birds("test", 60)

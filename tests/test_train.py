@@ -44,7 +44,7 @@ def test_a_run_leaves_config_metrics_checkpoint_and_figures(flowers, capsys):
     figures = json.loads((folder / "eval.json").read_text())
     assert 0 <= figures["linear"]["top1"] <= 1 and figures["untrained"]["retrieval"]["queries"] == 12
     assert sorted(path.name for path in folder.iterdir()) == \
-        ["checkpoint.pt", "config.json", "eval.json", "metrics.csv"]
+        ["checkpoint.pt", "config.json", "eval.json", "metrics.csv", "run.png"]
 
     encoder = load_encoder(folder)
     assert encoder.image_size == 16 and len(encoder.mean) == len(encoder.std) == 3
