@@ -1,0 +1,167 @@
+"""Make a student's copy of lodisc.py: the bodies of its central functions taken out, and graders.
+
+    python tests/assignment.py OUT
+    cd OUT && python -m pytest        # says which exercises pass, and the points
+
+OUT is a new folder. Everything in it comes from the real module: what was taken out is found by the
+functions' names, and the graders' numbers are what the real functions gave when the copy was made.
+"""
+
+import argparse
+import ast
+import importlib.util
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# exercise: (points, functions of lodisc.py), in the order in which one would solve them
+EXERCISES = {
+    "attention": (15, ["attention_weights", "Attention.forward"]),
+    "positions": (10, ["sincos_positions"]),
+    "product": (10, ["attention_product"]),
+    "rollout": (10, ["attention_rollout"]),
+    "mask": (10, ["location_mask"]),
+    "update": (10, ["momentum_update"]),
+    "schedule": (5, ["momentum_schedule"]),
+    "loss": (15, ["contrastive_loss"]),
+    "branches": (15, ["LoDisc.forward"]),
+}
+CONFTEST = '''\
+"""Points of the exercises, after pytest's own summary."""
+
+POINTS = {points}
+
+
+def pytest_terminal_summary(terminalreporter):
+    failed = {{report.nodeid.split("::test_")[1].split("_")[0]
+              for kind in ("failed", "error") for report in terminalreporter.getreports(kind)}}
+    passed = {{report.nodeid.split("::test_")[1].split("_")[0]
+              for report in terminalreporter.getreports("passed")}} - failed
+    for exercise, points in POINTS.items():
+        own = points if exercise in passed else 0
+        terminalreporter.write_line(f"{{exercise:<12}}{{own:>3}} of {{points}}")
+    total = sum(POINTS[exercise] for exercise in passed)
+    terminalreporter.write_line(f"{{'total':<12}}{{total:>3}} of {{sum(POINTS.values())}}")
+'''
+README = '''\
+# LoDisc, to be completed
+
+`lodisc.py` is a working module from which {count} functions were taken out. Each still has its
+docstring, which says what goes in and what comes out. Fill them in from the top; the paper is
+arXiv 2403.04066, and MoCo v3 (arXiv 2104.02057) and attention rollout (arXiv 2005.00928) help.
+
+    pip install -r requirements.txt
+    python -m pytest                     # all, with the points
+    python -m pytest -k {first}
+
+| exercise | functions | points |
+|---|---|---|
+{rows}
+'''
+
+
+def functions(source):
+    """{qualified name: its ast node} of a module's functions and methods."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            found.update({f"{node.name}.{inner.name}": inner for inner in node.body
+                          if isinstance(inner, ast.FunctionDef)})
+    return found
+
+
+def without_bodies(source):
+    """The module's source with a NotImplementedError in place of what is to be written."""
+    lines, found = source.splitlines(keepends=True), functions(source)
+    taken = [(found[name], exercise, name) for exercise, (_, names) in EXERCISES.items()
+             for name in names]
+    for node, exercise, name in sorted(taken, key=lambda item: -item[0].lineno):
+        first = node.body[1].lineno - 1  # after the docstring
+        while lines[first - 1].lstrip().startswith("#"):
+            first -= 1
+        lines[first:node.end_lineno] = [
+            " " * node.body[0].col_offset
+            + f'raise NotImplementedError("exercise {exercise}: {name}")\n']
+    return "".join(lines)
+
+
+def load(path, name="lodisc"):
+    """A module from a file, without leaving bytecode beside it."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    writing, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = writing
+    return module
+
+
+def expected_numbers(lodisc):
+    """What the real functions give, {name: (arguments, result)}, for the graders."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    rows = [draw(2, 3, 10).mul(2).softmax(-1) for _ in range(4)]
+    matrices = [draw(2, 3, 10, 10).mul(2).softmax(-1) for _ in range(4)]
+    attention, x = lodisc.Attention(12, 3), draw(2, 5, 12)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.copy_(draw(*parameter.shape) / 2)
+        weights = {"weights": attention.state_dict(), "x": x, "features": attention(x)[0]}
+        weights |= {name: attention(x, name)[1] for name in ("row", "full")}
+    torch.manual_seed(0)
+    figure = {"views": draw(2, 6, 3, 32, 32), "results": {}}
+    for method in lodisc.METHODS:
+        model = lodisc.LoDisc(lodisc.VisionTransformer(32, 8, 24, 2, 3), method, hidden_dim=32,
+                              output_dim=16)
+        model.load_state_dict(figure.setdefault("weights", model.state_dict()))
+        figure["results"][method] = [loss.item() for loss in model(*figure["views"])[:3]]
+    q, k, queries, keys = draw(2, 3, 4, 8), draw(2, 3, 6, 8), draw(4, 8), draw(6, 8)
+    return {
+        "attention": weights | {"q": q, "k": k, "of q and k": lodisc.attention_weights(q, k)},
+        "positions": lodisc.sincos_positions(3, 8),
+        "product": {"rows": rows, "matrices": matrices, "of rows": lodisc.attention_product(rows),
+                    "of matrices": lodisc.attention_product(matrices)},
+        "rollout": {"matrices": matrices, "result": lodisc.attention_rollout(matrices)},
+        "schedule": [lodisc.momentum_schedule(step, 8, 0.9) for step in range(9)],
+        "loss": {"queries": queries, "keys": keys, "result": [
+            lodisc.contrastive_loss(queries, keys, temperature, offset).item()
+            for temperature, offset in ((0.2, 0), (0.5, 0), (0.2, 2))]},
+        "branches": figure,
+    }
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="a new folder")
+    out = parser.parse_args(argv).out
+    if out.exists():
+        sys.exit(f"assignment.py: {out} exists; give a new folder")
+    out.mkdir(parents=True)
+    source = (ROOT / "lodisc.py").read_text()
+    (out / "lodisc.py").write_text(without_bodies(source))
+    torch.save(expected_numbers(load(ROOT / "lodisc.py", "solved")), out / "expected.pt")
+    shutil.copy(ROOT / "tests" / "exercises.py", out / "test_exercises.py")
+    shutil.copy(ROOT / "requirements.txt", out)
+    points = {exercise: points for exercise, (points, _) in EXERCISES.items()}
+    (out / "conftest.py").write_text(CONFTEST.format(points=points))
+    rows = "\n".join(f"| {exercise} | {', '.join(f'`{name}`' for name in names)} | {points} |"
+                     for exercise, (points, names) in EXERCISES.items())
+    (out / "README.md").write_text(README.format(
+        rows=rows, first=next(iter(EXERCISES)),
+        count=sum(len(names) for _, names in EXERCISES.values())))
+    print(f"wrote {out}: {len(EXERCISES)} exercises, {sum(points.values())} points; "
+          f"cd {out} && python -m pytest")
+
+
+if __name__ == "__main__":
+    main()

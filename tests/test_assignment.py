@@ -1,0 +1,197 @@
+"""The assignment kit: nothing solved in it, the real bodies get full marks, wrong ones do not."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import assignment
+
+SOURCE = (assignment.ROOT / "lodisc.py").read_text()
+# (exercise, what the student did, function, the body's line, what it became)
+WRONG = [
+    ("attention", "softmax over the wrong axis", "attention_weights",
+     "softmax(dim=-1)", "softmax(dim=-2)"),
+    ("attention", "not scaled", "attention_weights", "q * q.shape[-1] ** -0.5 @", "q @"),
+    ("attention", "scaled by d instead of its root", "attention_weights", "** -0.5", "** -1"),
+    ("attention", "half precision", "attention_weights", "enabled=False", "enabled=True"),
+    ("attention", "who answers instead of who asks", "Attention.forward",
+     "q[:, :, :1], k).squeeze(2)", "q, k[:, :, :1]).squeeze(3)"),
+    ("attention", "the last token's row", "Attention.forward",
+     "weights = attention_weights(q[:, :, :1], k)", "weights = attention_weights(q[:, :, -1:], k)"),
+    ("attention", "the matrix cut with the features", "Attention.forward",
+     "weights = None", "q, weights = q[:, :, :1] if class_only else q, None"),
+    ("positions", "rows and columns swapped", "sincos_positions",
+     "torch.cat([columns, rows], dim=1)", "torch.cat([rows, columns], dim=1)"),
+    ("positions", "frequencies of a line, not of a plane", "sincos_positions",
+     "torch.arange(dim // 4) / (dim // 4)", "torch.arange(dim // 4) / dim"),
+    ("positions", "class token at the end", "sincos_positions",
+     "torch.cat([torch.zeros(1, dim), patches])", "torch.cat([patches, torch.zeros(1, dim)])"),
+    ("positions", "cosine before sine", "sincos_positions",
+     "[angles.sin(), angles.cos()]", "[angles.cos(), angles.sin()]"),
+    ("product", "mean instead of product", "attention_product",
+     "total.float()", "torch.stack([class_row(a) for a in attentions]).mean(0).log()"),
+    ("product", "product that underflows", "attention_product",
+     "total.float()", "torch.stack([class_row(a) for a in attentions]).prod(0).log()"),
+    ("product", "no logarithm", "attention_product", "return total.float()", "return total.exp()"),
+    ("product", "heads multiplied", "attention_product", "term = class_row(attention)",
+     "term = (attention if attention.ndim == 3 else attention[:, :, 0]).prod(1)[:, 1:]"),
+    ("product", "column instead of row", "attention_product", "class_row(attention)",
+     "class_row(attention if attention.ndim == 3 else attention.mT)"),
+    ("rollout", "without the residual connection", "attention_rollout", "+ row) / 2", "+ 0 * row)"),
+    ("rollout", "not halved", "attention_rollout", "+ row) / 2", "+ row)"),
+    ("rollout", "first layer last", "attention_rollout", "reversed(matrices)", "matrices"),
+    ("rollout", "transposed", "attention_rollout", '"bi,bij->bj"', '"bi,bji->bj"'),
+    ("mask", "the least important", "location_mask", "descending=True", "descending=False"),
+    ("mask", "keep ratio inverted", "location_mask", "keep_ratio)\n    if",
+     "1 - keep_ratio or 1)\n    if"),
+    ("mask", "rounded up", "location_mask", "k = kept_count(importance.shape[1], keep_ratio)",
+     "k = math.ceil(importance.shape[1] * keep_ratio)"),
+    ("mask", "threshold by value", "location_mask", "return torch",
+     "return importance >= importance.gather(1, order[:, k - 1:k])\n    return torch"),
+    ("mask", "dropped where it should keep", "location_mask", "order[:, :k], True",
+     "order[:, :k], True).logical_not("),
+    ("update", "direction swapped", "momentum_update", "new, 1 - m)", "new, m)"),
+    ("update", "the online side moves", "momentum_update", "(list(pairs[1].values()), new",
+     "(new, list(pairs[1].values())"),
+    ("update", "not in place", "momentum_update", "_foreach_lerp_(", "_foreach_lerp("),
+    ("update", "buffers too", "momentum_update", "named_parameters", "state_dict"),
+    ("schedule", "a line", "momentum_schedule", "(1 + math.cos(math.pi * step / total)) / 2",
+     "(1 - step / total)"),
+    ("schedule", "falling", "momentum_schedule", "math.pi * step", "math.pi * (total - step)"),
+    ("schedule", "a whole cosine", "momentum_schedule", "math.pi * step", "2 * math.pi * step"),
+    ("loss", "temperature applied twice", "contrastive_loss", "keys.T / temperature",
+     "keys.T / temperature**2"),
+    ("loss", "gradient not stopped", "contrastive_loss", "keys.detach()", "keys"),
+    ("loss", "not normalised", "contrastive_loss", "F.normalize(widen(queries), dim=1)",
+     "widen(queries)"),
+    ("loss", "normalised over the batch", "contrastive_loss",
+     "F.normalize(widen(keys.detach()), dim=1)", "F.normalize(widen(keys.detach()), dim=0)"),
+    ("loss", "not scaled", "contrastive_loss", "return 2 * temperature *", "return"),
+    ("loss", "offset forgotten", "contrastive_loss", "positives = offset +", "positives ="),
+    ("branches", "global loss of the same view", "LoDisc.forward",
+     "self.contrast(query1, key2) + self.contrast(query2, key1)",
+     "self.contrast(query1, key1) + self.contrast(query2, key2)"),
+    ("branches", "local loss of the same view", "LoDisc.forward",
+     "self.contrast(query1, local2) + self.contrast(query2, local1)",
+     "self.contrast(query1, local1) + self.contrast(query2, local2)"),
+    ("branches", "whole picture in the local loss", "LoDisc.forward",
+     "self.contrast(query1, local2) + self.contrast(query2, local1)",
+     "self.contrast(query1, key2) + self.contrast(query2, key1)"),
+    ("branches", "one direction alone", "LoDisc.forward",
+     "self.contrast(query1, key2) + self.contrast(query2, key1)",
+     "2 * self.contrast(query1, key2)"),
+    ("branches", "gradient through the momentum side", "LoDisc.forward",
+     "with torch.no_grad():", "with torch.enable_grad():"),
+    ("branches", "updating here too", "LoDisc.forward", "masks = None if",
+     "self.update_momentum(0.99)\n        masks = None if"),
+    ("branches", "mean of both losses", "LoDisc.forward", "LoDiscOutput(global_loss + local_loss,",
+     "LoDiscOutput((global_loss + local_loss) / 2,"),
+]
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory):
+    out = tmp_path_factory.mktemp("kit") / "copy"
+    assignment.main([str(out)])
+    return out
+
+
+def body(source, name):
+    """A function's own lines, without its docstring."""
+    node = assignment.functions(source)[name]
+    return "\n".join(source.splitlines()[node.body[0].end_lineno:node.end_lineno])
+
+
+def grade(kit, module):
+    """{exercise: the graders' messages of what failed}, with this module as the student's."""
+    failed = {}
+    before = sys.modules.get("lodisc")
+    sys.modules["lodisc"] = module
+    try:
+        graders = assignment.load(kit / "test_exercises.py", "graders")
+        for name, grader in inspect.getmembers(graders, inspect.isfunction):
+            if name.startswith("test_"):
+                try:
+                    grader()
+                except (Exception, pytest.fail.Exception) as error:
+                    failed.setdefault(name.split("_")[1], []).append(str(error))
+    finally:
+        sys.modules["lodisc"] = before
+    return failed
+
+
+def pytest_in(kit):
+    return subprocess.run([sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+                          cwd=kit, capture_output=True, text=True, timeout=200)
+
+
+def test_nothing_is_solved_in_the_kit(kit):
+    assert sorted(path.name for path in kit.rglob("*")) == \
+        ["README.md", "conftest.py", "expected.pt", "lodisc.py", "requirements.txt",
+         "test_exercises.py"]
+    blank = assignment.functions((kit / "lodisc.py").read_text())
+    text = "\n".join(path.read_text() for path in kit.glob("*.py"))
+    whole = assignment.functions(SOURCE)
+    assert blank.keys() == whole.keys()
+    for exercise, (_, names) in assignment.EXERCISES.items():
+        for name in names:
+            docstring, statement = blank[name].body
+            assert ast.get_docstring(blank[name]) == ast.get_docstring(whole[name])
+            assert ast.unparse(statement) == \
+                f"raise NotImplementedError('exercise {exercise}: {name}')"
+            for line in body(SOURCE, name).splitlines():
+                unique = len(line.strip()) > 30 and SOURCE.count(line.strip()) == 1
+                assert not unique or line.strip() not in text, line
+    taken = {name for _, names in assignment.EXERCISES.values() for name in names}
+    for name in whole.keys() - taken:
+        assert ast.unparse(whole[name]) == ast.unparse(blank[name])
+
+
+def test_a_blank_kit_has_no_points_and_says_where_to_begin(kit):
+    done = pytest_in(kit)
+    assert done.returncode == 1
+    assert "total         0 of 100" in done.stdout
+    for exercise, (points, _) in assignment.EXERCISES.items():
+        assert f"{exercise:<12}  0 of {points}" in done.stdout
+    assert "exercise attention: attention_weights" in done.stdout
+
+
+def test_the_original_bodies_get_full_marks(kit, tmp_path):
+    student = tmp_path / "student"
+    student.mkdir()
+    for path in kit.iterdir():
+        (student / path.name).write_bytes(path.read_bytes())
+    solution = (kit / "lodisc.py").read_text()
+    for exercise, (_, names) in assignment.EXERCISES.items():
+        for name in names:
+            indent = "        " if "." in name else "    "
+            hole = f'{indent}raise NotImplementedError("exercise {exercise}: {name}")'
+            assert solution.count(hole) == 1
+            solution = solution.replace(hole, body(SOURCE, name))
+    (student / "lodisc.py").write_text(solution)
+    done = pytest_in(student)
+    assert done.returncode == 0 and "total       100 of 100" in done.stdout, done.stdout
+
+
+def test_every_exercise_has_three_wrong_solutions():
+    assert len(WRONG) >= 24
+    for exercise in assignment.EXERCISES:
+        assert sum(wrong[0] == exercise for wrong in WRONG) >= 3
+
+
+@pytest.mark.parametrize("exercise, what, name, right, wrong", WRONG,
+                         ids=[f"{wrong[0]}: {wrong[1]}" for wrong in WRONG])
+def test_wrong_solutions_are_caught(kit, tmp_path, exercise, what, name, right, wrong):
+    before = body(SOURCE, name)
+    assert before.count(right) >= 1, f"{name} no longer has {right!r}"
+    after = before.replace(right, wrong)
+    (tmp_path / "wrong.py").write_text(SOURCE.replace(before, after))
+    failed = grade(kit, assignment.load(tmp_path / "wrong.py", "lodisc_with_a_mistake"))
+    assert exercise in failed
+    assert all(len(message) > 10 for message in failed[exercise])
+    assert not any(right in message for message in failed[exercise])
