@@ -103,7 +103,7 @@ def outlive_the_step(worker):
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # seconds; then it ends
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # seconds; then it ends
 
 
 def write_metrics(path, history):
