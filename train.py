@@ -8,7 +8,6 @@ A run writes config.json, metrics.csv, checkpoint.pt, eval.json and run.png into
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -27,7 +26,7 @@ from data.augment import Batches, Plain, TwoViews, mix_seed
 from data.datasets import NAMES, load_data
 from data.draw import draw_run
 from data.run import (COLUMNS, FILM, NEW_RUN, Progress, Stop, filmed, merge_json, new_folder,
-                      outlive_the_step, read_run, save_checkpoint, write_metrics)
+                      outlive_the_step, read_run, save_checkpoint, write_json, write_metrics)
 from data.weights import load_published
 from eval import RawPixels, evaluate, importance_of, one_line, table
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
@@ -275,8 +274,9 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
     total, warmup = steps * epochs, steps * settings["warmup_epochs"]
     peak = settings["lr"] * settings["batch_size"] / 256
     step, history, losses = 0, [], torch.zeros(3, device=device)  # losses: summed over an epoch
-    film = [(0, pivotal_masks(model, pictures))]
-    if checkpoint:
+    if checkpoint is None:
+        film = [(0, pivotal_masks(model, pictures))]
+    else:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -339,7 +339,6 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
             losses.zero_()
             if epoch + 1 in moments:
                 film.append((step, pivotal_masks(model, pictures)))
-            begun, started = step, time.monotonic()
         if rank == 0:
             write_metrics(folder / "metrics.csv", history)
             save_checkpoint(folder / "checkpoint.pt", config=settings, model=model.state_dict(),
@@ -348,13 +347,14 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
                             random=torch.get_rng_state())
         if stop.asked:
             return False
+        begun, started = step, time.monotonic()
     return True
 
 
 def check_finite(losses, step, lr, folder):
     require(bool(losses.isfinite().all()), f"the loss is not finite by step {step}, learning rate "
-            f"{lr:.1e}: try a lower --lr or a longer --warmup-epochs; the checkpoint in {folder}, "
-            "if any, is from before")
+            f"{lr:.1e}: try a lower --lr or a longer --warmup-epochs; the checkpoint"
+            f"{f' in {folder}' if folder else ''}, if any, is from before")
 
 
 def judge(settings, data, folder, device):
@@ -390,7 +390,7 @@ def main(argv=None):
         model = build_model(settings)
     if folder is None and rank == 0:
         folder = new_folder(out, settings)
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(folder / "config.json", settings)
     print(f"{settings['method']} on {len(data.train)} pictures of {settings['data']}, "
           f"{settings['arch']} at {settings['image_size']} px, on {device}"
           + (f" in {processes} processes" if processes > 1 else "") + f", into {folder}")

@@ -16,6 +16,8 @@ GAP, MARGIN = 4, 112
 HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 # and three that they tell apart (Okabe and Ito 2008)
 BLUE, ORANGE, GREY = (0, 114, 178), (230, 159, 0), (150, 150, 150)
+COLOURS = {"global loss": BLUE, "local loss": ORANGE, "raw pixels": GREY, "untrained": ORANGE,
+           "initial": ORANGE, "trained": BLUE}
 WIDTH, HEIGHT, FRAME = 1200, 340, 133  # of the picture of a run, its upper half, a tile's step
 
 
@@ -39,33 +41,34 @@ def mask_sheet(pictures, importance, masks):
 
     pictures: n PIL images of one size; importance (n, N) and masks (n, N): arrays.
     """
-    side = round(len(masks[0]) ** 0.5)
-    large = [picture.resize((TILE, TILE), Image.BICUBIC) for picture in pictures]
-    rows = (
-        ("picture", large),
-        ("importance", [heat_map(values.reshape(side, side), picture)
-                        for values, picture in zip(np.asarray(importance), large)]),
-        (f"kept, {int(masks[0].sum())} of {side * side}",
-         [kept_patches(mask.reshape(side, side), picture)
-          for mask, picture in zip(np.asarray(masks), large)]),
-    )
-    step = TILE + GAP
-    sheet = Image.new("RGB", (MARGIN + step * len(large), step * len(rows) + GAP), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for y, (name, tiles) in enumerate(rows):
-        pen.text((8, GAP + y * step + TILE // 2), name, "black", font, anchor="lm")
-        for x, tile in enumerate(tiles):
-            sheet.paste(tile, (MARGIN + x * step, GAP + y * step))
-    return sheet
+    n = len(masks[0])
+    return sheet({"picture": (pictures, None), "importance": (pictures, importance),
+                  f"kept, {int(masks[0].sum())} of {n}": (pictures, masks)})
 
 
-def curves(pen, box, lines, level, font):
-    """lines {(name, colour): values, one an epoch} into box, and a dashed line at level."""
+def sheet(rows):
+    """{name: (pictures, values)}: a row each, after its name. values: None, importance or masks."""
+    step, columns = TILE + GAP, max(len(pictures) for pictures, _ in rows.values())
+    page = Image.new("RGB", (MARGIN + step * columns, step * len(rows) + GAP), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    for y, (name, (pictures, values)) in enumerate(rows.items()):
+        pen.multiline_text((8, GAP + y * step + TILE // 2), name, "black", font, anchor="lm")
+        for x, picture in enumerate(pictures):
+            tile = picture.resize((TILE, TILE), Image.BICUBIC)
+            if values is not None:
+                grid = np.asarray(values[x]).reshape(math.isqrt(len(values[x])), -1)
+                tile = (kept_patches if grid.dtype == bool else heat_map)(grid, tile)
+            page.paste(tile, (MARGIN + x * step, GAP + y * step))
+    return page
+
+
+def curves(pen, box, lines, level, label, font):
+    """lines {(name, colour): [(epoch, value)]} into box, and a dashed line, labelled, at level."""
     left, top, right, bottom = box
-    values = [value for line in lines.values() for value in line] + [level]
+    values = [value for line in lines.values() for _, value in line] + [level]
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 1.0
-    low, high, epochs = low - margin, high + margin, max(len(line) for line in lines.values())
+    low, high, epochs = low - margin, high + margin, max(line[-1][0] for line in lines.values())
 
     def at(epoch, value):
         return (left + (right - left) * epoch / epochs,
@@ -79,9 +82,9 @@ def curves(pen, box, lines, level, font):
     pen.text(((left + right) / 2, bottom + 26), "epoch", "black", font, anchor="mt")
     for x in range(left, right, 12):
         pen.line([(x, at(0, level)[1]), (x + 6, at(0, level)[1])], GREY, 2)
-    pen.text((right, at(0, level)[1] - 4), "has learnt nothing", GREY, font, anchor="rb")
+    pen.text((right, at(0, level)[1] - 4), label, GREY, font, anchor="rb")
     for i, ((name, colour), line) in enumerate(lines.items()):
-        points = [at(epoch, value) for epoch, value in enumerate(line, start=1)]
+        points = [at(*point) for point in line]
         pen.line(points, colour, 3)
         for x, y in points if len(points) < 40 else points[-1:]:
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
@@ -110,18 +113,19 @@ def bars(pen, box, rows, font):
 def run_sheet(losses, unlearnt, figures, pictures, film):
     """A run at a glance, 1,200 px wide: losses, figures before and after, where it looked.
 
-    losses     {name: values, one an epoch}; unlearnt: the loss of a branch that has learnt nothing
-    figures    {"pixels", "before", "trained": {figure: value}}, or None
+    losses     {name: [(epoch, value)]}; unlearnt: the loss of a branch that has learnt nothing
+    figures    {"raw pixels", "untrained" or "initial", "trained": {figure: value}}, or none of them
     pictures   n PIL images of one size; film: [(epoch, masks (n, N))], a column each
     """
     font, large = ImageFont.load_default(14), ImageFont.load_default(16)
-    sheet = Image.new("RGB", (WIDTH, HEIGHT + 40 + FRAME * len(pictures)), "white")
-    pen = ImageDraw.Draw(sheet)
-    lines = dict(zip(zip(losses, (BLUE, ORANGE)), losses.values()))
-    curves(pen, (70, 40, WIDTH // 2 - 40, HEIGHT - 60), lines, unlearnt, font)
+    page = Image.new("RGB", (WIDTH, HEIGHT + 40 + FRAME * len(pictures)), "white")
+    pen = ImageDraw.Draw(page)
+    lines = {(name, COLOURS[name]): values for name, values in losses.items()}
+    curves(pen, (70, 40, WIDTH // 2 - 40, HEIGHT - 60), lines, unlearnt, "has learnt nothing",
+           font)
     box = (WIDTH // 2 + 30, 40, WIDTH - 20, HEIGHT - 60)
     if figures:
-        bars(pen, box, dict(zip(zip(figures, (GREY, ORANGE, BLUE)), figures.values())), font)
+        bars(pen, box, {(row, COLOURS[row]): values for row, values in figures.items()}, font)
     else:
         pen.text((box[0], box[1]), "not evaluated", "black", large)
     side = round(len(film[0][1][0]) ** 0.5)
@@ -134,15 +138,15 @@ def run_sheet(losses, unlearnt, figures, pictures, film):
         row = [tile, *(kept_patches(np.asarray(masks[y]).reshape(side, side), tile)
                        for _, masks in film)]
         for x, image in enumerate(row):
-            sheet.paste(image, (x * step + GAP, HEIGHT + 32 + y * step))
-    return sheet.quantize(256)  # a third of the bytes
+            page.paste(image, (x * step + GAP, HEIGHT + 32 + y * step))
+    return page.quantize(256)  # a third of the bytes
 
 
 def draw_run(folder, dataset):
     """Write a finished run's folder/run.png; dataset: what it trained on, for the pictures."""
-    run = torch.load(folder / "checkpoint.pt", weights_only=True, mmap=True)  # not the weights
+    run = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     config, history = run["config"], run["history"]
-    losses = {name.replace("_", " "): [row[name] for row in history]
+    losses = {name.replace("_", " "): [(row["epoch"], row[name]) for row in history]
               for name in ("global_loss", "local_loss") if any(row[name] for row in history)}
     judged = read_json(folder / "eval.json") if (folder / "eval.json").exists() else {}
     before = "untrained" if "untrained" in judged else "initial"
@@ -151,9 +155,10 @@ def draw_run(folder, dataset):
              "rank-1": ("retrieval", "rank1"), "mAP": ("retrieval", "mAP")}
     figures = {row: {name: results[part][key] for name, (part, key) in names.items()
                      if part in results} for row, results in rows.items() if results}
+    figures = {row: values for row, values in figures.items() if values}
     crop = v2.Compose(plain_crop(config["image_size"]))
     steps = len(dataset) // config["batch_size"]
-    sheet = run_sheet(losses, 4 * config["temperature"] * math.log(config["batch_size"]), figures,
+    page = run_sheet(losses, 4 * config["temperature"] * math.log(config["batch_size"]), figures,
                       [crop(dataset[i][0]) for i in filmed(len(dataset))],
                       [(step // steps, masks) for step, masks in run["film"]])
-    sheet.save(folder / "run.png")
+    page.save(folder / "run.png")

@@ -57,10 +57,17 @@ def read_json(path):
         raise ValueError(f"{path} is damaged: {error}; mend it or move it away") from None
 
 
+def write_json(path, contents):
+    """All of it or nothing, as save_checkpoint."""
+    part = path.with_suffix(".tmp.json")
+    part.write_text(json.dumps(contents, indent=2) + "\n")
+    os.replace(part, path)
+
+
 def merge_json(path, results):
     """Add results to a JSON file; figures of other kinds that it holds already stay."""
     known = read_json(path) if path.exists() else {}
-    path.write_text(json.dumps({**known, **results}, indent=2) + "\n")
+    write_json(path, {**known, **results})
 
 
 def filmed(n):

@@ -45,8 +45,10 @@ def test_attention_is_as_sharp_as_it_should_be():
 
 
 def test_attention_is_precise_under_autocast():
+    q, k = (EXPECTED["attention"][name].bfloat16() for name in "qk")  # as autocast makes them
+    expected = lodisc.attention_weights(q.float(), k.float())
     with torch.autocast("cpu", torch.bfloat16):
-        weights, expected = of_q_and_k()
+        weights = lodisc.attention_weights(q, k)
     assert weights.dtype == torch.float32, "many layers will be multiplied: how wide must one be?"
     close(weights, expected, "float32 by its type, but computed in half precision on the way")
 
@@ -117,6 +119,8 @@ def test_product_of_rows_and_of_matrices():
 
 
 def test_product_does_not_underflow():
+    with pytest.raises(ValueError):
+        lodisc.attention_product([])
     row = torch.tensor([[[0.5, 1e-6, 2e-6, 0.0]]])
     importance = lodisc.attention_product([row] * 24)
     assert bool(importance.isfinite().all()), \
@@ -141,6 +145,8 @@ def test_rollout_of_one_layer():
 
 def test_rollout():
     known = EXPECTED["rollout"]
+    with pytest.raises(ValueError):
+        lodisc.attention_rollout(EXPECTED["product"]["rows"])
     close(lodisc.attention_rollout(known["matrices"]), known["result"],
           "matrices do not commute: the last layer asks the one before it. Whose row is it?")
 
@@ -149,7 +155,8 @@ def test_rollout():
 
 
 def test_mask_keeps_as_many_as_it_should():
-    for n, ratio, kept in ((10, 0.3, 3), (196, 0.3, 58), (10, 0.05, 1), (7, 1.0, 7), (9, 0.5, 4)):
+    for n, ratio, kept in ((10, 0.3, 3), (100, 0.29, 29), (196, 0.3, 58), (10, 0.05, 1),
+                           (7, 1.0, 7), (9, 0.5, 4)):
         mask = lodisc.location_mask(torch.randn(3, n), ratio)
         assert mask.dtype == torch.bool and mask.shape == (3, n)
         assert mask.sum(1).tolist() == [kept] * 3, \
@@ -173,6 +180,7 @@ def test_mask_with_ties():
 def test_mask_of_nan():
     with pytest.raises(ValueError):
         lodisc.location_mask(torch.tensor([[1.0, float("nan")]]), 0.5)
+    assert lodisc.location_mask(torch.tensor([[1.0, float("nan")]]), 0.5, check=False).sum() == 1
 
 
 # --- momentum update ----------------------------------------------------------------------------
@@ -203,6 +211,16 @@ def test_update_leaves_batch_norms_figures():
     assert (momentum.running_mean == 5).all(), "running figures are each side's own"
 
 
+def test_update_keeps_what_is_equal():
+    online, momentum = nn.Linear(30, 30), nn.Linear(30, 30)
+    momentum.load_state_dict(online.state_dict())
+    lodisc.momentum_update(online, momentum, 0.99)
+    assert torch.equal(online.weight, momentum.weight), \
+        "equal weights stay equal to the last bit: which order of the same sum promises that?"
+    with pytest.raises(ValueError):
+        lodisc.momentum_update(nn.Linear(3, 4), nn.Linear(4, 3), 0.99)
+
+
 def test_update_at_the_ends():
     for m, value in ((1.0, 5.0), (0.0, 1.0)):
         online, momentum = two_modules()
@@ -219,6 +237,9 @@ def test_update_at_the_ends():
 def test_schedule_ends():
     assert lodisc.momentum_schedule(0, 8, 0.9) == pytest.approx(0.9), "it begins at the base"
     assert lodisc.momentum_schedule(8, 8, 0.9) == pytest.approx(1.0), "it ends at 1"
+    for step, total, base in ((9, 8, 0.9), (-1, 8, 0.9), (0, 0, 0.9), (0, 8, 1.1)):
+        with pytest.raises(ValueError):
+            lodisc.momentum_schedule(step, total, base)
 
 
 def test_schedule_between():
@@ -249,6 +270,21 @@ def test_loss_stops_the_gradient():
     lodisc.contrastive_loss(queries, keys, 0.2).backward()
     assert queries.grad is not None and queries.grad.abs().sum() > 0, "the queries must learn"
     assert keys.grad is None or keys.grad.abs().sum() == 0, "the keys are targets, not pupils"
+
+
+def test_loss_is_precise_under_autocast():
+    queries, keys = EXPECTED["loss"]["queries"], EXPECTED["loss"]["keys"]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = lodisc.contrastive_loss(queries, keys, 0.2)
+    assert loss.item() == pytest.approx(EXPECTED["loss"]["result"][0], rel=1e-5), \
+        "computed in half precision on the way"
+
+
+def test_loss_refuses_what_does_not_fit():
+    for queries, keys, temperature, offset in (((4, 8), (4, 7), 0.2, 0), ((4, 8), (3, 8), 0.2, 0),
+                                               ((4, 8), (6, 8), 0.2, 3), ((4, 8), (4, 8), 0, 0)):
+        with pytest.raises(ValueError):
+            lodisc.contrastive_loss(torch.ones(queries), torch.ones(keys), temperature, offset)
 
 
 def test_loss_numbers():
@@ -291,6 +327,15 @@ def test_branches_meet_the_other_view():
             assert loss.item() == pytest.approx(known, rel=1e-4), (
                 f"method {method}, {name} loss: which view's query meets which view's key, which "
                 "branch does the key come from, and are both directions there?")
+
+
+def test_branches_hand_out_their_masks():
+    model, views, _ = figure()
+    for mask, expected in zip(model(*views).masks, EXPECTED["branches"]["masks"], strict=True):
+        assert torch.equal(mask, expected), "the mask of view 1, then that of view 2"
+    model.mask = "random"
+    draws = [model(*views, torch.Generator().manual_seed(3)).masks for _ in range(2)]
+    assert all(map(torch.equal, *draws)), "who draws the random masks?"
 
 
 def test_branches_without_gradient():

@@ -12,9 +12,8 @@ on four fifths of train/ and are judged on the rest.
 
 import argparse
 import csv
-import json
-import platform
 import random
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -22,75 +21,95 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train  # before torch: it says how idle threads wait
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms import v2
+
 import eval as judging
-import train
+from data.augment import plain_crop, to_tensor
 from data.birds import Birds
-from data.run import merge_json, read_json
-from lodisc import MASKS, first_line, load_encoder
+from data.draw import BLUE, ORANGE, curves, sheet
+from data.run import filmed, read_json
+from lodisc import first_line, load_encoder, location_mask, require
 
 RUNS = Path("runs/experiments")
 # table: {row: options of train.py}; the first row is what the others are compared with
 TABLES = {
-    "methods": {name: ["--method", name] for name in ("global", "local", "lodisc")},
-    "masks": {name: ["--mask", name] for name in ("random", "location", "block", "least")},
-    "keep": {ratio: ["--keep-ratio", ratio] for ratio in ("0.3", "0.1", "0.5", "0.7", "0.9")},
+    "methods": {"global": ["--method", "global"], "local": ["--method", "local"], "lodisc": []},
+    "masks": {"random": ["--mask", "random"], "location": [], "block": ["--mask", "block"],
+              "least": ["--mask", "least"]},
+    "keep": {"0.3": [],
+             **{ratio: ["--keep-ratio", ratio] for ratio in ("0.1", "0.5", "0.7", "0.9")}},
     "importance": {"product": [], "rollout": ["--importance", "rollout"],
                    "last layer": ["--importance", "last"],
                    "product, tokens": ["--local-input", "tokens"]},
     # held out: the recipe, tuned for MoCo v3 alone, then the variants of LoDisc
-    "recipe": {"as it is": [], "lr 2e-3": ["--lr", "2e-3"], "lr 8e-3": ["--lr", "8e-3"],
-               "weight decay 0.02": ["--weight-decay", "0.02"],
-               "temperature 0.1": ["--temperature", "0.1"],
-               "temperature 0.4": ["--temperature", "0.4"],
-               "crop from 0.2": ["--crop-min", "0.2"], "warm-up 6": ["--warmup-epochs", "6"]},
+    "recipe": {row: ["--method", "global", *options] for row, options in {
+        "as it is": [], "lr 2e-3": ["--lr", "2e-3"], "lr 8e-3": ["--lr", "8e-3"],
+        "weight decay 0.02": ["--weight-decay", "0.02"],
+        "temperature 0.1": ["--temperature", "0.1"], "temperature 0.4": ["--temperature", "0.4"],
+        "crop from 0.2": ["--crop-min", "0.2"], "warm-up 6": ["--warmup-epochs", "6"]}.items()},
     "variants": {"global": ["--method", "global"], "lodisc": [],
                  "keep 0.5": ["--keep-ratio", "0.5"], "keep 0.7": ["--keep-ratio", "0.7"],
                  "last layer": ["--importance", "last"], "random": ["--mask", "random"]},
 }
-for options in TABLES["recipe"].values():
-    options += ["--method", "global"]
 HELD_OUT = ("recipe", "variants")
 FIGURES = {"linear top-1": ("linear", "top1"), "k-NN": ("knn", "top1"),
-           "rank-1": ("retrieval", "rank1"), "mAP": ("retrieval", "mAP"),
-           "on the bird": ("localisation", "object"), "on its parts": ("localisation", "parts")}
+           "rank-1": ("retrieval", "rank1"), "mAP": ("retrieval", "mAP")}
+WHERE = {"on the bird": ("localisation", "object"), "on its parts": ("localisation", "parts")}
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
            10: 2.262}  # 97.5 % points of Student's t for so many values
+
+
+# --- runs -------------------------------------------------------------------------------------
 
 
 def held_out(source):
     """A folder of links: train/ without every class's fifth, drawn by seed 0, and that as test/."""
     folder, rng = RUNS / f"{Path(source).name}-held-out", random.Random(0)
+    shutil.rmtree(folder, ignore_errors=True)  # links alone
     for place in sorted(Path(source).resolve().glob("train/*/")):
         files = sorted(place.iterdir())
         rng.shuffle(files)
         for i, file in enumerate(files):
             link = folder / ("train" if i % 5 else "test") / place.name / file.name
             link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.is_symlink():
-                link.symlink_to(file)
+            link.symlink_to(file)
+    require(folder.exists(), f"{source} has no class folders in train/")
     return folder
 
 
-def watch_where_it_looks(save):
-    """train.py's save_checkpoint, and after it where the momentum encoder looks, into looks.csv."""
-    def save_and_look(path, **contents):
+def look_and_save(save):
+    """train.py's save_checkpoint; before it, for the drawn birds and at the end of an epoch, how
+    much of the bird the momentum encoder's pivotal patches hold, into looks.csv.
+    """
+    def look(path, **contents):
+        table, step = path.parent / "looks.csv", contents["step"]
+        encoder = train.build_model(contents["config"]).momentum_encoder
+        rows = dict(csv.reader(open(table))) if table.exists() else {}  # step: share
+        rows = {key: share for key, share in rows.items() if int(key) < step}  # after a kill
+        if not rows:
+            rows[0] = judging.localisation(encoder.eval(), BIRDS)["object"]
+        encoder.load_state_dict({name.removeprefix("momentum_encoder."): tensor for name, tensor
+                                 in contents["model"].items() if "momentum_encoder." in name})
+        rows[step] = judging.localisation(encoder.eval(), BIRDS)["object"]
+        with open(table, "w", newline="") as file:
+            csv.writer(file).writerows(rows.items())
+
+    def look_and_save(path, **contents):
+        history = contents["history"]
+        if contents["config"]["data"] == "synthetic" and history \
+                and history[-1]["step"] == contents["step"]:
+            with torch.random.fork_rng():
+                look(path, **contents)
         save(path, **contents)
-        table = path.parent / "looks.csv"
-        if contents["config"]["data"] != "synthetic":
-            return
-        birds = Birds("test", 300)
-        if not table.exists():
-            start = train.build_model(contents["config"]).momentum_encoder.eval()
-            table.write_text("step,bird,parts\n" + line(0, judging.localisation(start, birds)))
-        figures = judging.localisation(load_encoder(path, momentum=True), birds)
-        known = [row for row in table.read_text().splitlines(True)[1:]
-                 if int(row.split(",")[0]) < contents["step"]]  # a killed run comes here twice
-        table.write_text("step,bird,parts\n" + "".join(known) + line(contents["step"], figures))
 
-    def line(step, figures):
-        return f"{step},{figures['object']},{figures['parts']}\n"
+    return look_and_save
 
-    return save_and_look
+
+BIRDS = Birds("test", 300)
 
 
 def run(data, options, seed):
@@ -98,25 +117,25 @@ def run(data, options, seed):
     name = "-".join([Path(data).name, *(o.lstrip("-") for o in options), "seed", str(seed)])
     folder = RUNS / name
     if folder.is_dir() and not (folder / "config.json").exists():
-        folder.rmdir()  # killed before it began
+        shutil.rmtree(folder)  # killed before it began
+    if folder.is_dir():
+        known = read_json(folder / "config.json")["data"]
+        require(known == train.data_name(str(data)), f"{folder} is a run on {known}; move it away")
     if not (folder / "eval.json").exists():
-        start = (["--resume", str(folder)] if folder.is_dir() else
-                 ["--data", str(data), *options, "--seed", str(seed), "--out", str(folder)])
-        train.main(start)
+        train.main(["--resume", str(folder)] if folder.is_dir() else
+                   ["--data", str(data), *options, "--seed", str(seed), "--out", str(folder)])
     if data == "synthetic" and "localisation" not in read_json(folder / "eval.json"):
         judging.main(["masks", str(folder)])
     return folder
 
 
-def figure(folder, place):
-    part, name = place
-    return read_json(folder / "eval.json").get(part, {}).get(name)
+# --- tables -----------------------------------------------------------------------------------
 
 
-def spread(values, signed=""):
+def spread(values):
     if len(values) == 1:
-        return f"{values[0]:{signed}.3f}"
-    return f"{statistics.mean(values):{signed}.3f} ± {statistics.stdev(values):.3f}"
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def difference(values, others):
@@ -134,30 +153,65 @@ def seconds(folder):
         return sum(float(row["seconds"]) for row in csv.DictReader(file))
 
 
-def print_table(rows, seeds, command):
-    """rows: {name: [folder a seed]}."""
-    folders = [folder for row in rows.values() for folder in row]
-    columns = {name: place for name, place in FIGURES.items()
-               if all(figure(folder, place) is not None for folder in folders)}
-    values = {row: {name: [figure(folder, place) for folder in folders]
-                    for name, place in columns.items()} for row, folders in rows.items()}
-    print(f"\n`{command}`: {len(seeds)} seeds ({', '.join(map(str, seeds))}), CPU "
-          f"({platform.machine()}), training "
-          f"{statistics.mean(map(seconds, folders)):.0f} s a run\n")
-    print("| | " + " | ".join(columns) + " |\n|---" * 1 + "|---" * len(columns) + "|")
-    before = next(iter(rows.values()))
-    if "untrained" in read_json(before[0] / "eval.json"):
-        cells = []
-        for name, (part, key) in columns.items():
-            known = [read_json(f / "eval.json")["untrained"].get(part, {}).get(key) for f in before]
-            cells.append(spread(known) if None not in known else "")
-        print("| untrained | " + " | ".join(cells) + " |")
-    for row, figures in values.items():
-        print(f"| {row} | " + " | ".join(spread(figures[name]) for name in columns) + " |")
+def markdown(rows, columns):
+    """rows {name: [a run's figures]}, columns {name: (part, key)} -> lines of a table."""
+    values = {row: {name: [figures[part][key] for figures in runs]
+                    for name, (part, key) in columns.items() if part in runs[0]}
+              for row, runs in rows.items()}
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+
+    def line(row, cells):
+        lines.append(f"| {row} | " + " | ".join(cells.get(name, "") for name in columns) + " |")
+
     base, *others = values
+    if all("untrained" in figures for figures in rows[base]):
+        for row, runs in markdown_rows_before(rows[base]).items():
+            line(row, {name: spread([figures[part][key] for figures in runs])
+                       for name, (part, key) in columns.items() if part in runs[0]})
+    for row, cells in values.items():
+        line(row, {name: spread(figures) for name, figures in cells.items()})
     for row in others:
-        print(f"| {row} − {base} | " + " | ".join(
-            difference(values[row][name], values[base][name]) for name in columns) + " |")
+        line(f"{row} − {base}", {name: difference(figures, values[base][name])
+                                 for name, figures in values[row].items()})
+    return lines
+
+
+def markdown_rows_before(runs):
+    return {"raw pixels": [figures["pixels"] for figures in runs],
+            "untrained": [figures["untrained"] for figures in runs]}
+
+
+# --- pictures ---------------------------------------------------------------------------------
+
+
+def pictures(seeds):
+    """data/masks.png of the first seed, data/looks.png of all seeds' mean; of the drawn birds."""
+    folders = {method: [run("synthetic", TABLES["methods"][method], seed) for seed in seeds]
+               for method in ("global", "lodisc")}
+    config, test = read_json(folders["lodisc"][0] / "config.json"), Birds("test", 20)
+    crop = v2.Compose(plain_crop(config["image_size"]))
+    birds = [crop(test[i][0]) for i in filmed(len(test))]
+    encoders = {"untrained": train.build_model(config).momentum_encoder.eval(),
+                **{method: load_encoder(folders[method][0], momentum=True) for method in folders}}
+    rows = {"picture": (birds, None)}
+    for name, encoder in encoders.items():
+        normalise = v2.Compose(to_tensor(encoder.mean, encoder.std))
+        images = torch.stack([normalise(bird) for bird in birds])
+        importance = judging.importance_of(encoder, images, "product")
+        rows[f"{name},\nimportance"] = birds, importance
+        rows[f"{name},\nkept 30 %"] = birds, location_mask(importance, 0.3)
+    sheet(rows).quantize(64).save(ROOT / "data" / "masks.png", optimize=True)
+
+    steps, lines = 2000 // config["batch_size"], {}
+    for method, colour in (("lodisc", BLUE), ("global", ORANGE)):
+        tables = [dict(csv.reader(open(folder / "looks.csv"))) for folder in folders[method]]
+        lines[method, colour] = [(int(step) / steps, statistics.mean(float(table[step])
+                                                                     for table in tables))
+                                 for step in tables[0]]
+    page = Image.new("RGB", (720, 320), "white")
+    font = ImageFont.load_default(14)
+    curves(ImageDraw.Draw(page), (60, 40, 700, 260), lines, 1.0, "chance", font)
+    page.quantize(64).save(ROOT / "data" / "looks.png", optimize=True)
 
 
 def main(argv=None):
@@ -165,19 +219,28 @@ def main(argv=None):
     parser.add_argument("table", choices=[*TABLES, "pictures"])
     parser.add_argument("data", nargs="?", default="synthetic")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[],
-                        help="more options of train.py, for all rows")
     args = parser.parse_args(argv)
+    seeds = sorted(set(args.seeds))
+    require(len(seeds) <= max(STUDENT), f"at most {max(STUDENT)} seeds, got {len(seeds)}")
     RUNS.mkdir(parents=True, exist_ok=True)
-    train.save_checkpoint = watch_where_it_looks(train.save_checkpoint)
-    data = args.data if args.data == "synthetic" else Path(args.data)
-    if args.table in HELD_OUT:
-        data = held_out(data)
-    rows = {row: [] for row in TABLES[args.table]}
-    for seed in args.seeds:  # seed by seed, so that what is there early compares alike
+    train.save_checkpoint = look_and_save(train.save_checkpoint)
+    if args.table == "pictures":
+        return pictures(seeds)
+    data = held_out(args.data) if args.table in HELD_OUT else args.data
+    folders = {row: [] for row in TABLES[args.table]}
+    for seed in seeds:  # seed by seed, so that what is there early can be compared
         for row, options in TABLES[args.table].items():
-            rows[row].append(run(data, [*options, *args.options], seed))
-    print_table(rows, args.seeds, "python tests/experiments.py " + " ".join(sys.argv[1:]))
+            folders[row].append(run(data, options, seed))
+    columns = dict(FIGURES)
+    if data == "synthetic" and args.table != "keep":  # where another ratio has another most
+        columns |= WHERE
+    rows = {row: [read_json(folder / "eval.json") for folder in runs]
+            for row, runs in folders.items()}
+    every = [folder for runs in folders.values() for folder in runs]
+    device = train.pick_device(read_json(every[0] / "config.json")["device"])
+    print(f"\n{args.table} on {Path(data).name}, seeds {', '.join(map(str, seeds))}, on {device}, "
+          f"training {statistics.mean(map(seconds, every)):.0f} s a run\n")
+    print("\n".join(markdown(rows, columns)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from data.augment import Batches, Plain, TwoViews, mix_seed, plain_crop
+from data.augment import Batches, Blur, Plain, TwoViews, mix_seed, plain_crop
 from data import birds
 from data.birds import BIRD, CLASSES, FAMILIES, PART, SPECIES, Birds, draw
 from data.datasets import load_data
@@ -94,6 +94,17 @@ def test_augmentation_is_byols_asymmetric_pair():
         assert factors.saturation == (0.8, 1.2) and factors.hue == (-0.1, 0.1)
         assert grey.p == 0.2 and blurred.p == blur and solarised.p == solarise and flip.p == 0.5
         assert tuple(blurred.transforms[0].sigma) == (0.1, 2.0)
+
+
+def test_blur_is_as_wide_as_drawn():
+    """A white line on black becomes a bell whose standard deviation lies between the two."""
+    line = torch.zeros(41, 41, dtype=torch.uint8)
+    line[:, 20] = 255
+    place, widths = torch.arange(41) - 20.0, []
+    for _ in range(40):
+        row = torch.from_numpy(np.array(Blur(2.0, 4.0)(Image.fromarray(line.numpy()))))[20].float()
+        widths.append(((row * place**2).sum() / row.sum()).sqrt().item())
+    assert 1.8 < min(widths) < 2.5 and 3.5 < max(widths) < 4.2
 
 
 def test_order_is_seeded_by_seed_and_epoch():

@@ -9,13 +9,13 @@ import train
 from data.draw import BLUE, FRAME, GAP, HEIGHT, ORANGE, WIDTH, run_sheet
 
 
-def sheet(losses=None, figures=None, moments=8):
+def sheet(losses={"global loss": [3.0, 2.0, 1.0]}, figures=None, moments=8):
+    losses = {name: list(enumerate(values, start=1)) for name, values in losses.items()}
     masks = torch.zeros(8, 4, dtype=torch.bool)
     masks[:, 1] = True  # upper right
     film = [(epoch, masks if epoch < 3 else ~masks) for epoch in range(moments)]
     pictures = [Image.new("RGB", (16, 16), (200, 20 * i, 90)) for i in range(8)]
-    return np.asarray(run_sheet(losses or {"global loss": [3.0, 2.0, 1.0]}, 3.5, figures, pictures,
-                                film).convert("RGB")).astype(int)
+    return np.asarray(run_sheet(losses, 3.5, figures, pictures, film).convert("RGB")).astype(int)
 
 
 def near(pixels, colour):

@@ -1,5 +1,6 @@
 """Several processes: the same loss, gradients and pictures as one, and one set of files."""
 
+import csv
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 import eval as judge
 import train
 from conftest import same, weights
-from lodisc import LoDisc, create_vit, gather
+from data.augment import Batches, TwoViews
+from lodisc import LoDisc, contrastive_loss, create_vit, gather
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(__file__).parent.parent
@@ -81,8 +83,8 @@ def files(folder):
 
 def test_torchrun_trains_writes_once_and_judges_alike(flowers, capsys):
     options = ["--data", flowers, *SMALL, "--workers", "1"]
-    done = subprocess.run([*TORCHRUN, *options, "--epochs", "2", "--out", "whole"], text=True,
-                          capture_output=True, timeout=200)
+    done = subprocess.run([*TORCHRUN, *options, "--lr", "0", "--epochs", "2", "--out", "whole"],
+                          text=True, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("in 2 processes") == 1  # only rank 0 prints
     assert done.stdout.count("BatchNorm") == 1 and files(".") == ["flowers", "whole"]
@@ -96,6 +98,27 @@ def test_torchrun_trains_writes_once_and_judges_alike(flowers, capsys):
                         "retrieval": ["rank1", "rank5", "mAP"]}.items():
         for name in names:
             assert figures[kind][name] == pytest.approx(again[kind][name], abs=1e-6)
+    check_losses("whole", train.load_data(str(flowers)).train)
+
+
+@torch.no_grad()
+def check_losses(folder, dataset):
+    """metrics.csv holds the mean over both processes; at a learning rate of 0 it can be had here."""
+    settings = json.loads(Path(folder, "config.json").read_text())
+    model, per_process = train.build_model(settings).train(), []
+    views = TwoViews(dataset, 16, settings["mean"], settings["std"], 0, settings["crop_min"])
+    for pairs in Batches(len(dataset), 12, 0, last=6):
+        view1, view2 = map(torch.stack, zip(*(views[pair] for pair in pairs)))
+        shares = [(view1[:6], view2[:6]), (view1[6:], view2[6:])]  # BatchNorm sees one of them
+        keys = [[model.global_key(share[view])[0] for share in shares] for view in (0, 1)]
+        per_process.append([sum(contrastive_loss(model.query(share[view]), torch.cat(keys[1 - view]),
+                                                 0.2, 6 * rank) for view in (0, 1)).item()
+                            for rank, share in enumerate(shares)])
+    with open(Path(folder, "metrics.csv")) as file:
+        found = [float(row["global_loss"]) for row in csv.DictReader(file)]
+    losses = torch.tensor(per_process).unflatten(0, (2, 3))  # (epochs, steps, processes)
+    assert found == pytest.approx(losses.mean((1, 2)).tolist(), rel=1e-4)
+    assert found != pytest.approx(losses[..., 0].mean(1).tolist(), rel=1e-3)
 
 
 @pytest.mark.slow

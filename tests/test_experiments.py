@@ -1,0 +1,72 @@
+"""The tables' arithmetic, and that a held-out part is held out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import experiments
+import train
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def test_paired_difference():
+    """By hand: differences 1, 2, 3, mean 2, standard error 1 / sqrt(3), t of two degrees 4.303."""
+    assert experiments.difference([3.0, 4.0, 5.0], [2.0, 2.0, 2.0]) == "+2.000 [-0.484, +4.484]"
+    assert experiments.difference([3.0], [2.5]) == "+0.500"
+    assert experiments.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
+
+
+def test_held_out_is_train_without_a_fifth_of_every_class(flowers):
+    folder = experiments.held_out(flowers)
+    parts = {part: {path.relative_to(folder / part) for path in (folder / part).glob("*/*")}
+             for part in ("train", "test")}
+    whole = {path.relative_to(flowers / "train") for path in (flowers / "train").glob("*/*")}
+    assert parts["train"] | parts["test"] == whole and not parts["train"] & parts["test"]
+    for label in range(3):
+        assert sum(path.parent.name == f"class {label}" for path in parts["test"]) == 3  # of 12
+    next(iter((flowers / "train").glob("*/*"))).unlink()  # fewer pictures: none on both sides
+    experiments.held_out(flowers)
+    parts = [{path.name for path in (folder / part / "class 0").iterdir()}
+             for part in ("train", "test")]
+    assert not parts[0] & parts[1]
+
+
+def test_a_table_from_the_shell(monkeypatch, capsys):
+    """Two rows, two seeds; what is there is not trained again; another data set is not taken."""
+    monkeypatch.setattr(experiments, "TABLES", {"methods": {"global": ["--method", "global"],
+                                                            "lodisc": []}})
+    monkeypatch.setattr(experiments, "BIRDS", experiments.Birds("test", 8))
+    small = ["--image-size", "16", "--epochs", "2", "--batch-size", "500", "--workers", "0",
+             "--device", "cpu"]
+    real, begun = train.main, []
+    monkeypatch.setattr(train, "main", lambda argv: begun.append(argv) or real(
+        argv if "--resume" in argv else [*argv, *small]))
+    monkeypatch.setattr(train, "save_checkpoint", train.save_checkpoint)  # given back afterwards
+    experiments.main(["methods", "--seeds", "0", "1"])
+    first = capsys.readouterr().out
+    lines = [line for line in first.splitlines() if line.startswith("|")]
+    assert [line.split(" |")[0] for line in lines] == \
+        ["|", "|---|---|---|---|---|---|---|", "| raw pixels", "| untrained", "| global",
+         "| lodisc", "| lodisc − global"]
+    folders = sorted(path.name for path in experiments.RUNS.iterdir())
+    assert folders == ["synthetic-method-global-seed-0", "synthetic-method-global-seed-1",
+                       "synthetic-seed-0", "synthetic-seed-1"]
+    figures = [json.loads((experiments.RUNS / name / "eval.json").read_text())["linear"]["top1"]
+               for name in folders]
+    assert experiments.spread(figures[2:]) in lines[5]
+    assert experiments.difference(figures[2:], figures[:2]) in lines[6]
+    looks = (experiments.RUNS / "synthetic-seed-0" / "looks.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in looks] == ["0", "4", "8"]
+
+    Path("runs/experiments/synthetic-seed-1/eval.json").unlink()  # killed before it was judged
+    begun.clear()
+    experiments.main(["methods", "--seeds", "0", "1"])
+    again = capsys.readouterr().out
+    assert begun == [["--resume", "runs/experiments/synthetic-seed-1"]]
+    assert [line for line in again.splitlines() if line.startswith("|")] == lines
+    with pytest.raises(ValueError, match="move it away"):
+        Path("elsewhere/synthetic/train/a").mkdir(parents=True)
+        Path("runs/experiments/synthetic-seed-0").rename("runs/experiments/train-seed-0")
+        experiments.run("elsewhere/synthetic/train", [], 0)
