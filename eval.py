@@ -269,10 +269,9 @@ def one_line(error):
     return last.removeprefix("ValueError: ").removeprefix("OSError: ")
 
 
-def masks_command(args, folder, config):
+def masks_command(args, encoder, folder, config):
     """Where the momentum encoder looks: a PNG, and for the drawn birds how well it finds them."""
     require(args.out is None or not args.out.exists(), f"{args.out} exists; give another --out")
-    encoder = load_encoder(args.checkpoint, momentum=True)
     out = args.out or folder / "masks.png"
     if args.images:
         pictures = [open_picture(path) for path in args.images]
@@ -306,14 +305,14 @@ def export(encoder, path):
 def main(argv=None):
     args = parse_args(argv)
     folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-    encoder = load_encoder(args.checkpoint, momentum=args.momentum)
+    encoder = load_encoder(args.checkpoint, momentum=args.momentum or args.what == "masks")
     if args.what == "export":
         return export(encoder, args.out or folder / "encoder.pth")
     config = read_json(folder / "config.json")
     args.data = args.data or config["data"]
     args.data_root = args.data_root or config.get("data_root", "datasets")
     if args.what == "masks":
-        return masks_command(args, folder, config)
+        return masks_command(args, encoder, folder, config)
     data = load_data(args.data, args.data_root)
     require(data.test is not None, data.note)
     crop = (encoder.image_size, encoder.mean, encoder.std)
