@@ -304,6 +304,8 @@ def export(encoder, path):
 
 def main(argv=None):
     args = parse_args(argv)
+    require(args.what == "masks" or not args.images, f"{args.what} takes no picture files, got "
+            f"{', '.join(map(str, args.images))}; masks does")
     folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
     encoder = load_encoder(args.checkpoint, momentum=args.momentum or args.what == "masks")
     if args.what == "export":

@@ -284,6 +284,8 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
         losses += checkpoint["losses"].to(device)
         # every draw here is seeded by its step or sample; this is for what a fork may add
         torch.set_rng_state(checkpoint["random"])
+        if device.type == "cuda" and checkpoint["cuda_random"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_random"], device)
         if rank == 0:
             write_metrics(folder / "metrics.csv", history)  # cut back to the checkpoint
 
@@ -344,7 +346,8 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
             save_checkpoint(folder / "checkpoint.pt", config=settings, model=model.state_dict(),
                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                             step=step, history=history, film=film, losses=losses,
-                            random=torch.get_rng_state())
+                            random=torch.get_rng_state(), cuda_random=torch.cuda.get_rng_state(
+                                device) if device.type == "cuda" else None)
         if stop.asked:
             return False
         begun, started = step, time.monotonic()

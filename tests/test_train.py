@@ -247,6 +247,12 @@ def test_mistakes_are_one_line_that_says_what(flowers, options, says):
     assert not Path("runs").exists()
 
 
+def test_picture_files_are_for_masks_alone(flowers):
+    train.main(["--data", str(flowers / "train"), *SMALL, "--out", "run"])
+    with pytest.raises(ValueError, match="linear takes no picture files, got a.jpg; masks does"):
+        judging.main(["linear", "run", "a.jpg"])
+
+
 def test_checkpoints_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load_encoder(tmp_path)
