@@ -8,6 +8,11 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+import train  # before eval, as it sets how threads wait
+import eval as judging
+from data.birds import Birds
+from data.datasets import Data
+
 settings.register_profile("here", deadline=None, max_examples=60)
 settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
@@ -22,6 +27,14 @@ def seeded():
 def elsewhere(tmp_path, monkeypatch):
     """Runs go into tests' own folders."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def few_birds(monkeypatch):
+    """`synthetic` in small, for train.py and eval.py."""
+    data = Data(Birds("train", 200), Birds("test", 60))
+    for script in (train, judging):
+        monkeypatch.setattr(script, "load_data", lambda *args: data)
 
 
 def weights(folder):

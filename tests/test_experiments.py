@@ -33,12 +33,12 @@ def test_held_out_is_train_without_a_fifth_of_every_class(flowers):
     assert not parts[0] & parts[1]
 
 
-def test_a_table_from_the_shell(monkeypatch, capsys):
+def test_a_table_from_the_shell(few_birds, monkeypatch, capsys):
     """Two rows, two seeds; what is there is not trained again; another data set is not taken."""
     monkeypatch.setattr(experiments, "TABLES", {"methods": {"global": ["--method", "global"],
                                                             "lodisc": []}})
     monkeypatch.setattr(experiments, "BIRDS", experiments.Birds("test", 8))
-    small = ["--image-size", "16", "--epochs", "2", "--batch-size", "500", "--workers", "0",
+    small = ["--image-size", "16", "--epochs", "2", "--batch-size", "50", "--workers", "0",
              "--device", "cpu"]
     real, begun = train.main, []
     monkeypatch.setattr(train, "main", lambda argv: begun.append(argv) or real(
