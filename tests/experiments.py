@@ -200,7 +200,9 @@ def pictures(seeds):
         importance = judging.importance_of(encoder, images, "product")
         rows[f"{name},\nimportance"] = birds, importance
         rows[f"{name},\nkept 30 %"] = birds, location_mask(importance, 0.3)
-    sheet(rows).quantize(64).save(ROOT / "data" / "masks.png", optimize=True)
+    page = sheet(rows)
+    page = page.resize((page.width * 2 // 3, page.height * 2 // 3), Image.Resampling.BOX)
+    page.quantize(48).save(ROOT / "data" / "masks.png", optimize=True)
 
     steps, lines = 2000 // config["batch_size"], {}
     for method, colour in (("lodisc", BLUE), ("global", ORANGE)):
