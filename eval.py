@@ -25,7 +25,7 @@ from data.birds import BIRD, PART
 from data.datasets import load_data
 from data.draw import mask_sheet
 from data.pictures import open_picture
-from data.run import merge_json, read_json
+from data.run import FIGURES, merge_json, read_json
 from lodisc import IMPORTANCES, load_encoder, location_mask, require
 
 STRENGTHS = tuple(10.0**power for power in range(0, -6, -1))  # of the probe's L2 term, strong first
@@ -174,11 +174,6 @@ def evaluate(encoders, data, crop, what="all", device="cpu", workers=0, seed=0):
         if what == "retrieval" or what == "all" and retrievable:
             result["retrieval"] = retrieval(test[name])
     return results
-
-
-FIGURES = {"linear top-1": ("linear", "top1"), "top-5": ("linear", "top5"),
-           "k-NN top-1": ("knn", "top1"), "rank-1": ("retrieval", "rank1"),
-           "rank-5": ("retrieval", "rank5"), "mAP": ("retrieval", "mAP")}
 
 
 def table(rows):

@@ -71,8 +71,7 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)), the weights that a fused attention kernel never shows.
 
     q (B, h, Q, d), k (B, h, 1+N, d) -> (B, h, Q, 1+N), float32 or wider whatever the autocast:
-    the product over layers (section 2) multiplies twelve of these, and would multiply twelve
-    rounding errors of half precision.
+    the product over layers (section 2) would multiply twelve rounding errors of half precision.
     """
     with torch.autocast(q.device.type, enabled=False):
         q, k = widen(q), widen(k)
@@ -183,9 +182,8 @@ class VisionTransformer(nn.Module):
     Parameters carry timm's names, so that published weights fit. A new one starts as in MoCo v3:
     Xavier-uniform weights with q, k and v each as a matrix of its own, zero biases, a class token
     near zero, fixed sine-cosine positions, and a patch projection that stays at its random
-    values (the trick of MoCo v3, section 4, against training that comes apart).
-
-    learned_positions, train_projection: train what is otherwise fixed.
+    values (the trick of MoCo v3, section 4, against training that comes apart), unless
+    learned_positions and train_projection say otherwise.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, learned_positions=False,
@@ -270,9 +268,7 @@ class VisionTransformer(nn.Module):
 
 def create_vit(name: str, image_size: int, patch_size: int, **options) -> VisionTransformer:
     """A new encoder by its name in ARCHITECTURES; sizes in pixels, options as in VisionTransformer.
-
-    Weights are drawn from torch's global generator: call torch.manual_seed first.
-    """
+    Weights are drawn from torch's global generator: call torch.manual_seed first."""
     require(name in ARCHITECTURES, f"unknown encoder {name!r}, have {', '.join(ARCHITECTURES)}")
     return VisionTransformer(image_size, patch_size, **ARCHITECTURES[name], **options)
 
@@ -452,15 +448,14 @@ def momentum_update(online: nn.Module, momentum: nn.Module, m: float) -> None:
 
     Parameters only: BatchNorm's running figures are each side's own. lerp, rather than the sum
     as written, keeps equal weights equal to the last bit, so that what never trains never drifts.
-    Call it once a training step, never in forward. Raises ValueError for m outside [0, 1] or
-    modules that differ.
+    Once a step, never in forward. Raises ValueError for m outside [0, 1] or modules that differ.
     """
     require(0 <= m <= 1, f"the momentum must be in [0, 1], got {m}")
-    pairs = [dict(online.named_parameters()), dict(momentum.named_parameters())]
-    require({n: p.shape for n, p in pairs[0].items()} == {n: p.shape for n, p in pairs[1].items()},
+    new, old = dict(online.named_parameters()), dict(momentum.named_parameters())
+    require({n: p.shape for n, p in new.items()} == {n: p.shape for n, p in old.items()},
             "the online and the momentum module differ in their parameters' names or shapes")
-    new = [pairs[0][name].to(parameter.dtype) for name, parameter in pairs[1].items()]
-    torch._foreach_lerp_(list(pairs[1].values()), new, 1 - m)  # all parameters in one call
+    new = [new[name].to(parameter.dtype) for name, parameter in old.items()]
+    torch._foreach_lerp_(list(old.values()), new, 1 - m)  # all parameters in one call
 
 
 def momentum_schedule(step: int, total: int, base: float = 0.99) -> float:
@@ -518,8 +513,7 @@ class LoDiscOutput(NamedTuple):
 class LoDisc(nn.Module):
     """The overview figure: online branch, momentum branches, pivotal masks, both losses.
 
-    encoder       a VisionTransformer; the online encoder f_q. The momentum encoder starts as its
-                  copy, so load published weights first.
+    encoder       the online encoder f_q; f_k starts as its copy, so load published weights first
     method        "lodisc"; "global", exactly MoCo v3; or "local", the local loss alone
     mask          "location" (the paper); of the same size: "random", "block", "least"
     importance    "product" (the paper), "rollout" or "last"
@@ -550,8 +544,7 @@ class LoDisc(nn.Module):
 
     def train(self, mode=True):
         """As for any module, but the momentum side stays in train mode: its BatchNorm must use
-        the statistics of the batch at hand, like that of the online side which it is compared to.
-        """
+        the statistics of the batch at hand, as the online side does to which it is compared."""
         super().train(mode)
         self.momentum_encoder.train()
         self.momentum_projector.train()

@@ -26,7 +26,8 @@ from data.augment import Batches, Plain, TwoViews, mix_seed
 from data.datasets import NAMES, load_data
 from data.draw import draw_run
 from data.run import (COLUMNS, FILM, NEW_RUN, Progress, Stop, filmed, merge_json, new_folder,
-                      outlive_the_step, read_run, save_checkpoint, write_json, write_metrics)
+                      outlive_the_step, read_run, save_checkpoint, unlearnt_loss, write_json,
+                      write_metrics)
 from data.weights import load_published
 from eval import RawPixels, evaluate, importance_of, one_line, table
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
@@ -228,6 +229,11 @@ def build_model(settings):
                   hidden_dim=512 if nano else 4096, output_dim=128 if nano else 256)
 
 
+def build_optimizer(model, settings):
+    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), fused=True,
+                             lr=settings["lr"], weight_decay=settings["weight_decay"])
+
+
 def compile_encoders(model, device):
     """torch.compile, in place, for the passes that cost; without a compiler for it, as they are."""
     try:
@@ -257,9 +263,7 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
     """The training loop; changes model in place. Whether it came to its end, or was stopped."""
     model.to(device)
     parallel = distribute(model, device)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
-                                  lr=settings["lr"], weight_decay=settings["weight_decay"],
-                                  fused=True)
+    optimizer = build_optimizer(model, settings)
     precision = pick_precision(settings["amp"], device, model.encoder.dim)
     print(f"precision: {precision or torch.float32}".replace("torch.", ""))
     if settings["compile"]:
@@ -298,8 +302,8 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
                         generator=generator,  # so that it leaves torch's own alone
                         pin_memory=device.type == "cuda", worker_init_fn=outlive_the_step)
     progress = Progress(epochs, steps, settings["batch_size"], step)
-    unlearnt = 4 * settings["temperature"] * math.log(settings["batch_size"])
-    print(f"a branch that has learnt nothing loses {unlearnt:.3f}; from there the loss should fall")
+    print(f"a branch that has learnt nothing loses {unlearnt_loss(settings):.3f}; from there the "
+          "loss should fall")
     model.train()
     begun, started = step, time.monotonic()
     for view1, view2 in loader:

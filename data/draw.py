@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms import v2
 
 from .augment import plain_crop
-from .run import filmed, read_json
+from .run import MAIN_FIGURES, filmed, read_json, unlearnt_loss
 
 TILE = 128  # pixels a side of a picture on a sheet
 GAP, MARGIN = 4, 112
@@ -17,12 +17,19 @@ HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37
 # and three that they tell apart (Okabe and Ito 2008)
 BLUE, ORANGE, GREY = (0, 114, 178), (230, 159, 0), (150, 150, 150)
 COLOURS = {"global loss": BLUE, "local loss": ORANGE, "raw pixels": GREY, "untrained": ORANGE,
-           "initial": ORANGE, "trained": BLUE}
+           "initial": ORANGE, "trained": BLUE, "lodisc": BLUE, "global": ORANGE}
 WIDTH, HEIGHT, FRAME = 1200, 340, 133  # of the picture of a run, its upper half, a tile's step
 
 
+def square(values):
+    """Of all patches, row by row (N,), to (side, side)."""
+    values = np.asarray(values)
+    return values.reshape(math.isqrt(len(values)), -1)
+
+
 def heat_map(values, picture):
-    """values (side, side), any scale, as colours over the greyed picture (PIL image)."""
+    """values (N,), any scale, as colours over the greyed picture (PIL image)."""
+    values = square(values)
     low, high = values.min(), values.max()
     level = (values - low) / max(high - low, 1e-12) * (len(HEAT) - 1)
     colours = np.stack([np.interp(level, range(len(HEAT)), channel) for channel in zip(*HEAT)], -1)
@@ -31,15 +38,15 @@ def heat_map(values, picture):
 
 
 def kept_patches(mask, picture):
-    """The picture with every patch that mask (side, side) does not keep painted black."""
-    keep = Image.fromarray(np.uint8(mask) * 255).resize(picture.size, Image.NEAREST)
+    """The picture with every patch that mask, bool (N,), does not keep painted black."""
+    keep = Image.fromarray(np.uint8(square(mask)) * 255).resize(picture.size, Image.NEAREST)
     return Image.composite(picture, Image.new("RGB", picture.size), keep)
 
 
 def mask_sheet(pictures, importance, masks):
     """Three rows, a column a picture: the pictures, their importance, their kept patches.
 
-    pictures: n PIL images of one size; importance (n, N) and masks (n, N): arrays.
+    pictures: n PIL images of one size; importance (n, N) and masks (n, N).
     """
     n = len(masks[0])
     return sheet({"picture": (pictures, None), "importance": (pictures, importance),
@@ -56,14 +63,20 @@ def sheet(rows):
         for x, picture in enumerate(pictures):
             tile = picture.resize((TILE, TILE), Image.BICUBIC)
             if values is not None:
-                grid = np.asarray(values[x]).reshape(math.isqrt(len(values[x])), -1)
-                tile = (kept_patches if grid.dtype == bool else heat_map)(grid, tile)
+                draw = kept_patches if values.dtype == torch.bool else heat_map
+                tile = draw(values[x], tile)
             page.paste(tile, (MARGIN + x * step, GAP + y * step))
     return page
 
 
+def legend(pen, box, names, font):
+    """The names in their colours, in a line above box."""
+    for i, name in enumerate(names):
+        pen.text((box[0] + 12 + 130 * i, box[1] - 12), name, COLOURS[name], font, anchor="ls")
+
+
 def curves(pen, box, lines, level, label, font):
-    """lines {(name, colour): [(epoch, value)]} into box, and a dashed line, labelled, at level."""
+    """lines {name in COLOURS: [(epoch, value)]} into box, and a labelled dashed line at level."""
     left, top, right, bottom = box
     values = [value for line in lines.values() for _, value in line] + [level]
     low, high = min(values), max(values)
@@ -83,26 +96,26 @@ def curves(pen, box, lines, level, label, font):
     for x in range(left, right, 12):
         pen.line([(x, at(0, level)[1]), (x + 6, at(0, level)[1])], GREY, 2)
     pen.text((right, at(0, level)[1] - 4), label, GREY, font, anchor="rb")
-    for i, ((name, colour), line) in enumerate(lines.items()):
+    legend(pen, box, lines, font)
+    for name, line in lines.items():
         points = [at(*point) for point in line]
-        pen.line(points, colour, 3)
+        pen.line(points, COLOURS[name], 3)
         for x, y in points if len(points) < 40 else points[-1:]:
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-        pen.text((left + 12 + 130 * i, top - 8), name, colour, font, anchor="lb")
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), COLOURS[name])
 
 
 def bars(pen, box, rows, font):
-    """rows {(name, colour): {figure: value in [0, 1]}} as groups of bars into box."""
+    """rows {name in COLOURS: {figure: value in [0, 1]}} as groups of bars into box."""
     left, top, right, bottom = box
     names = list(next(iter(rows.values())))
     group = (right - left) / len(names)
     width = int(0.8 * group / len(rows))
-    for i, ((name, colour), values) in enumerate(rows.items()):
-        pen.text((left + 12 + 130 * i, top - 8), name, colour, font, anchor="lb")
+    legend(pen, box, rows, font)
+    for i, (name, values) in enumerate(rows.items()):
         for j, figure in enumerate(names):
             x = int(left + group * (j + 0.1)) + i * width
             y = bottom - (bottom - top) * values[figure]
-            pen.rectangle((x, y, x + width - 3, bottom), colour)
+            pen.rectangle((x, y, x + width - 3, bottom), COLOURS[name])
             pen.text((x + width / 2 - 1, y - 3), f"{values[figure]:.2f}", "black", font,
                      anchor="mb")
     for j, figure in enumerate(names):
@@ -120,23 +133,20 @@ def run_sheet(losses, unlearnt, figures, pictures, film):
     font, large = ImageFont.load_default(14), ImageFont.load_default(16)
     page = Image.new("RGB", (WIDTH, HEIGHT + 40 + FRAME * len(pictures)), "white")
     pen = ImageDraw.Draw(page)
-    lines = {(name, COLOURS[name]): values for name, values in losses.items()}
-    curves(pen, (70, 40, WIDTH // 2 - 40, HEIGHT - 60), lines, unlearnt, "has learnt nothing",
+    curves(pen, (70, 40, WIDTH // 2 - 40, HEIGHT - 60), losses, unlearnt, "has learnt nothing",
            font)
     box = (WIDTH // 2 + 30, 40, WIDTH - 20, HEIGHT - 60)
     if figures:
-        bars(pen, box, {(row, COLOURS[row]): values for row, values in figures.items()}, font)
+        bars(pen, box, figures, font)
     else:
         pen.text((box[0], box[1]), "not evaluated", "black", large)
-    side = round(len(film[0][1][0]) ** 0.5)
     step = min(FRAME, WIDTH // (len(film) + 1))
     heads = ["picture", *(f"epoch {epoch}" for epoch, _ in film)]
     for x, head in enumerate(heads):
         pen.text((x * step + step / 2, HEIGHT + 16), head, "black", large, anchor="mm")
     for y, picture in enumerate(pictures):
         tile = picture.resize((step - GAP, step - GAP), Image.BICUBIC)
-        row = [tile, *(kept_patches(np.asarray(masks[y]).reshape(side, side), tile)
-                       for _, masks in film)]
+        row = [tile, *(kept_patches(masks[y], tile) for _, masks in film)]
         for x, image in enumerate(row):
             page.paste(image, (x * step + GAP, HEIGHT + 32 + y * step))
     return page.quantize(256)  # a third of the bytes
@@ -151,14 +161,12 @@ def draw_run(folder, dataset):
     judged = read_json(folder / "eval.json") if (folder / "eval.json").exists() else {}
     before = "untrained" if "untrained" in judged else "initial"
     rows = {"raw pixels": judged.get("pixels"), before: judged.get(before), "trained": judged}
-    names = {"linear top-1": ("linear", "top1"), "k-NN top-1": ("knn", "top1"),
-             "rank-1": ("retrieval", "rank1"), "mAP": ("retrieval", "mAP")}
-    figures = {row: {name: results[part][key] for name, (part, key) in names.items()
+    figures = {row: {name: results[part][key] for name, (part, key) in MAIN_FIGURES.items()
                      if part in results} for row, results in rows.items() if results}
     figures = {row: values for row, values in figures.items() if values}
     crop = v2.Compose(plain_crop(config["image_size"]))
     steps = len(dataset) // config["batch_size"]
-    page = run_sheet(losses, 4 * config["temperature"] * math.log(config["batch_size"]), figures,
-                      [crop(dataset[i][0]) for i in filmed(len(dataset))],
-                      [(step // steps, masks) for step, masks in run["film"]])
+    page = run_sheet(losses, unlearnt_loss(config), figures,
+                     [crop(dataset[i][0]) for i in filmed(len(dataset))],
+                     [(step // steps, masks) for step, masks in run["film"]])
     page.save(folder / "run.png")

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +19,11 @@ from lodisc import first_line, require
 NEW_RUN = "runs/<data>-<method>-<n>"
 COLUMNS = ("epoch", "step", "total", "global_loss", "local_loss", "lr", "momentum",
            "images_per_second", "seconds")
+# a figure's name in tables, and its place in eval.json
+FIGURES = {"linear top-1": ("linear", "top1"), "top-5": ("linear", "top5"),
+           "k-NN top-1": ("knn", "top1"), "rank-1": ("retrieval", "rank1"),
+           "rank-5": ("retrieval", "rank5"), "mAP": ("retrieval", "mAP")}
+MAIN_FIGURES = {name: place for name, place in FIGURES.items() if not name.endswith("-5")}
 FILM = 8  # so many training pictures, whose masks are kept at so many moments of the run
 FREE = ("resume", "download", "device", "workers")  # settings that --resume may change
 
@@ -38,14 +45,23 @@ def new_folder(out, settings):
             continue
 
 
-def save_checkpoint(path, **contents):
-    """Write beside the old checkpoint and then swap, so that one whole file is always there."""
+@contextmanager
+def whole_file(path):
+    """A place beside path to write to, which takes path's once all is written, or is gone."""
     part = path.with_suffix(".tmp")
     try:
-        torch.save(contents, part)
+        yield part
         os.replace(part, path)
-    except (RuntimeError, OSError) as error:  # torch's word for a full disk is a RuntimeError
+    finally:
         part.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, **contents):
+    """Write beside the old checkpoint and then swap, so that one whole file is always there."""
+    try:
+        with whole_file(path) as part:
+            torch.save(contents, part)
+    except (RuntimeError, OSError) as error:  # torch's word for a full disk is a RuntimeError
         raise OSError(f"{path} could not be written, is the disk full? "
                       f"{first_line(error)}") from None
 
@@ -58,16 +74,19 @@ def read_json(path):
 
 
 def write_json(path, contents):
-    """All of it or nothing, as save_checkpoint."""
-    part = path.with_suffix(".tmp.json")
-    part.write_text(json.dumps(contents, indent=2) + "\n")
-    os.replace(part, path)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(contents, indent=2) + "\n")
 
 
 def merge_json(path, results):
     """Add results to a JSON file; figures of other kinds that it holds already stay."""
     known = read_json(path) if path.exists() else {}
     write_json(path, {**known, **results})
+
+
+def unlearnt_loss(settings):
+    """What a branch that has learnt nothing loses, of two views."""
+    return 4 * settings["temperature"] * math.log(settings["batch_size"])
 
 
 def filmed(n):

@@ -94,8 +94,7 @@ class Trainer:
 
     def __init__(self, settings, device, precision):
         self.model = train.build_model(settings).to(device).train()
-        self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad),
-                                           lr=1e-6, weight_decay=0.1, fused=True)
+        self.optimizer = train.build_optimizer(self.model, {**settings, "lr": 1e-6})
         self.precision, self.device = precision, device
         if settings["compile"]:
             train.compile_encoders(self.model, device)

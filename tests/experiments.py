@@ -30,8 +30,9 @@ from torchvision.transforms import v2
 import eval as judging
 from data.augment import plain_crop, to_tensor
 from data.birds import Birds
-from data.draw import BLUE, ORANGE, curves, sheet
-from data.run import filmed, read_json
+from data.draw import curves, sheet
+from data.datasets import TRAIN_BIRDS
+from data.run import MAIN_FIGURES, filmed, read_json
 from lodisc import first_line, load_encoder, location_mask, require
 
 RUNS = Path("runs/experiments")
@@ -56,8 +57,6 @@ TABLES = {
                  "last layer": ["--importance", "last"], "random": ["--mask", "random"]},
 }
 HELD_OUT = ("recipe", "variants")
-FIGURES = {"linear top-1": ("linear", "top1"), "k-NN": ("knn", "top1"),
-           "rank-1": ("retrieval", "rank1"), "mAP": ("retrieval", "mAP")}
 WHERE = {"on the bird": ("localisation", "object"), "on its parts": ("localisation", "parts")}
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
            10: 2.262}  # 97.5 % points of Student's t for so many values
@@ -155,6 +154,10 @@ def seconds(folder):
 
 def markdown(rows, columns):
     """rows {name: [a run's figures]}, columns {name: (part, key)} -> lines of a table."""
+    base, *others = rows
+    if all("untrained" in figures for figures in rows[base]):
+        rows = {"raw pixels": [figures["pixels"] for figures in rows[base]],
+                "untrained": [figures["untrained"] for figures in rows[base]], **rows}
     values = {row: {name: [figures[part][key] for figures in runs]
                     for name, (part, key) in columns.items() if part in runs[0]}
               for row, runs in rows.items()}
@@ -163,22 +166,12 @@ def markdown(rows, columns):
     def line(row, cells):
         lines.append(f"| {row} | " + " | ".join(cells.get(name, "") for name in columns) + " |")
 
-    base, *others = values
-    if all("untrained" in figures for figures in rows[base]):
-        for row, runs in markdown_rows_before(rows[base]).items():
-            line(row, {name: spread([figures[part][key] for figures in runs])
-                       for name, (part, key) in columns.items() if part in runs[0]})
     for row, cells in values.items():
         line(row, {name: spread(figures) for name, figures in cells.items()})
     for row in others:
         line(f"{row} − {base}", {name: difference(figures, values[base][name])
                                  for name, figures in values[row].items()})
     return lines
-
-
-def markdown_rows_before(runs):
-    return {"raw pixels": [figures["pixels"] for figures in runs],
-            "untrained": [figures["untrained"] for figures in runs]}
 
 
 # --- pictures ---------------------------------------------------------------------------------
@@ -204,12 +197,11 @@ def pictures(seeds):
     page = page.resize((page.width * 2 // 3, page.height * 2 // 3), Image.Resampling.BOX)
     page.quantize(48).save(ROOT / "data" / "masks.png", optimize=True)
 
-    steps, lines = 2000 // config["batch_size"], {}
-    for method, colour in (("lodisc", BLUE), ("global", ORANGE)):
+    steps, lines = TRAIN_BIRDS // config["batch_size"], {}
+    for method in ("lodisc", "global"):
         tables = [dict(csv.reader(open(folder / "looks.csv"))) for folder in folders[method]]
-        lines[method, colour] = [(int(step) / steps, statistics.mean(float(table[step])
-                                                                     for table in tables))
-                                 for step in tables[0]]
+        lines[method] = [(int(step) / steps, statistics.mean(float(t[step]) for t in tables))
+                         for step in tables[0]]
     page = Image.new("RGB", (720, 320), "white")
     font = ImageFont.load_default(14)
     curves(ImageDraw.Draw(page), (60, 40, 700, 260), lines, 1.0, "chance", font)
@@ -233,7 +225,7 @@ def main(argv=None):
     for seed in seeds:  # seed by seed, so that what is there early can be compared
         for row, options in TABLES[args.table].items():
             folders[row].append(run(data, options, seed))
-    columns = dict(FIGURES)
+    columns = dict(MAIN_FIGURES)
     if data == "synthetic" and args.table != "keep":  # where another ratio has another most
         columns |= WHERE
     rows = {row: [read_json(folder / "eval.json") for folder in runs]

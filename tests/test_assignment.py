@@ -61,15 +61,15 @@ WRONG = [
     ("mask", "dropped where it should keep", "location_mask", "order[:, :k], True",
      "order[:, :k], True).logical_not("),
     ("update", "direction swapped", "momentum_update", "new, 1 - m)", "new, m)"),
-    ("update", "the online side moves", "momentum_update", "(list(pairs[1].values()), new",
-     "(new, list(pairs[1].values())"),
+    ("update", "the online side moves", "momentum_update", "(list(old.values()), new",
+     "(new, list(old.values())"),
     ("update", "not in place", "momentum_update", "_foreach_lerp_(", "_foreach_lerp("),
-    ("update", "buffers too", "momentum_update", "dict(momentum.named_parameters())]",
-     "dict(momentum.named_parameters())]\n    for a, b in zip(online.buffers(), momentum.buffers"
+    ("update", "buffers too", "momentum_update", "dict(momentum.named_parameters())",
+     "dict(momentum.named_parameters())\n    for a, b in zip(online.buffers(), momentum.buffers"
      "()):\n        b.copy_(m * b + (1 - m) * a)"),
-    ("update", "as the sum is written", "momentum_update", "torch._foreach_lerp_(list(pairs[1]"
-     ".values()), new, 1 - m)", "[p.copy_(m * p + (1 - m) * q) for p, q in zip(pairs[1].values(), "
-     "new)]"),
+    ("update", "as the sum is written", "momentum_update", "torch._foreach_lerp_(list(old"
+     ".values()), new, 1 - m)", "[p.copy_(m * p + (1 - m) * q) for p, q in zip(old.values(), new"
+     ")]"),
     ("schedule", "a line", "momentum_schedule", "(1 + math.cos(math.pi * step / total)) / 2",
      "(1 - step / total)"),
     ("schedule", "falling", "momentum_schedule", "math.pi * step", "math.pi * (total - step)"),
@@ -134,8 +134,6 @@ def grade(kit, module):
                     grader()
                 except (AssertionError, pytest.fail.Exception) as error:
                     failed.setdefault(name.split("_")[1], []).append(str(error))
-                except NotImplementedError:
-                    raise
                 except Exception:
                     pass  # what a mistake breaks besides is no hint
     finally:
