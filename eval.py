@@ -5,11 +5,10 @@
     python eval.py export runs/synthetic-lodisc-1
 
 Features are the class token of the online encoder on a centre crop. Every figure goes to the
-table on screen and into eval.json beside the checkpoint. Nothing is ever chosen on the test set.
+table on screen and into eval.json beside the checkpoint. Nothing is chosen on the test set here.
 """
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -22,10 +21,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data.augment import Plain, plain_crop, to_tensor
 from data.birds import BIRD, PART
-from data.datasets import load_data
+from data.datasets import data_name, load_data
 from data.draw import mask_sheet
 from data.pictures import open_picture
-from data.run import FIGURES, merge_json, read_json
+from data.run import FIGURES, filmed, merge_json, pick_device, read_json
 from lodisc import IMPORTANCES, load_encoder, location_mask, require
 
 STRENGTHS = tuple(10.0**power for power in range(0, -6, -1))  # of the probe's L2 term, strong first
@@ -195,20 +194,23 @@ def table(rows):
 def importance_of(encoder, images, importance):
     """Importance (B, N) of normalised images (B, 3, H, W); importance: a name in IMPORTANCES."""
     stored = "full" if importance == "rollout" else "row"
+    images = images.to(encoder.cls_token.device)
     return IMPORTANCES[importance](encoder(images, attention=stored)[1]).cpu()
 
 
-def localisation(encoder, dataset, importance="product", keep_ratio=0.3):
+def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers=0):
     """How well the kept patches find the object, on plain pictures that know where it is.
 
     For the object, and for the drawn birds' deciding parts: the mean share of a patch's pixels
-    that they cover, in the kept patches over that in all patches. 1 is chance, 1 / keep_ratio the
-    most that can be had. pointing_game: how often the middle of the most important patch lies on
-    the object (after Zhang et al. 2016). dataset: one with regions(index), see data/birds.py.
+    that they cover, in the kept patches over that in all patches: 1 is chance, NAME_most what the
+    patches that hold most of it would have, NAME_fixed the best that a mask has which is the same
+    for all pictures. pointing_game: how often the middle of the most
+    important patch lies on the object (after Zhang et al. 2016). dataset: one with
+    regions(index), see data/birds.py.
     """
     size, patch = encoder.image_size, encoder.patch_size
     crop = v2.Compose(plain_crop(size, InterpolationMode.NEAREST))
-    loader = DataLoader(Plain(dataset, size, encoder.mean, encoder.std), 256)
+    loader = DataLoader(Plain(dataset, size, encoder.mean, encoder.std), 256, num_workers=workers)
     weights = torch.cat([importance_of(encoder, batch, importance) for batch, _ in loader])
     kept, top = location_mask(weights, keep_ratio), weights.argmax(1)  # (n, N), (n,)
     shares, hits = {"object": [], "parts": []}, 0
@@ -220,8 +222,12 @@ def localisation(encoder, dataset, importance="product", keep_ratio=0.3):
         middle = regions[patch // 2::patch, patch // 2::patch].flatten()[top[i]]
         hits += int(middle >= BIRD)
     shares = {name: torch.stack(rows) for name, rows in shares.items()}  # (n, N)
-    figures = {name: (share[kept].mean() / share.mean()).item()
-               for name, share in shares.items() if share.any()}
+    figures, k = {}, int(kept[0].sum())
+    for name, share in shares.items():
+        if share.any():
+            for kind, held in (("", share[kept]), ("_most", share.topk(k).values),
+                               ("_fixed", share.mean(0).topk(k).values)):
+                figures[name + kind] = (held.mean() / share.mean()).item()
     return {**figures, "pointing_game": hits / len(dataset)}
 
 
@@ -264,6 +270,12 @@ def one_line(error):
     return last.removeprefix("ValueError: ").removeprefix("OSError: ")
 
 
+def keep(folder, data, config, figures):
+    """Into eval.json; of other data than the run's own, below its name."""
+    merge_json(folder / "eval.json", figures if data == config["data"] else {data: figures})
+    print(f"merged into {folder / 'eval.json'}")
+
+
 def masks_command(args, encoder, folder, config):
     """Where the momentum encoder looks: a PNG, and for the drawn birds how well it finds them."""
     require(args.out is None or not args.out.exists(), f"{args.out} exists; give another --out")
@@ -274,15 +286,18 @@ def masks_command(args, encoder, folder, config):
         test = load_data(args.data, args.data_root).test
         require(test is not None, "this data has no test pictures; name picture files instead")
         labels = getattr(test, "targets", range(len(test)))
-        by_class = sorted(range(len(test)), key=labels.__getitem__)  # eight from all classes
-        pictures = [test[i][0] for i in by_class[::math.ceil(len(test) / 8)]]
+        by_class = sorted(range(len(test)), key=labels.__getitem__)  # from all classes
+        pictures = [test[by_class[i]][0] for i in filmed(len(test))]
         if hasattr(test, "regions"):  # it knows where the object is
-            figures = localisation(encoder, test, config["importance"], config["keep_ratio"])
-            shares = ", ".join(f"{name} {figures[name]:.2f}" for name in figures
-                               if name != "pointing_game")
-            print(f"kept patches' share over that of all patches: {shares}; "
-                  f"pointing game: {figures['pointing_game']:.2f}")
-            merge_json(folder / "eval.json", {"localisation": figures})
+            figures = localisation(encoder, test, config["importance"], config["keep_ratio"],
+                                   args.workers)
+            print("kept patches' share over that of all patches:")
+            for name in ("object", "parts"):
+                if name in figures:
+                    print(f"  {name} {figures[name]:.2f}, at most {figures[name + '_most']:.2f}; "
+                          f"one mask for all pictures: {figures[name + '_fixed']:.2f}")
+            print(f"pointing game: {figures['pointing_game']:.2f}")
+            keep(folder, args.data, config, {"localisation": figures})
     write_masks(encoder, pictures, config, out)
     print(f"wrote {out}")
 
@@ -306,19 +321,20 @@ def main(argv=None):
     if args.what == "export":
         return export(encoder, args.out or folder / "encoder.pth")
     config = read_json(folder / "config.json")
-    args.data = args.data or config["data"]
+    args.data = data_name(args.data) if args.data else config["data"]
     args.data_root = args.data_root or config.get("data_root", "datasets")
+    device = pick_device(args.device)
     if args.what == "masks":
+        encoder.to(device)
         return masks_command(args, encoder, folder, config)
     data = load_data(args.data, args.data_root)
     require(data.test is not None, data.note)
     crop = (encoder.image_size, encoder.mean, encoder.std)
     name = "momentum" if args.momentum else "trained"
-    results = evaluate({name: encoder}, data, crop, args.what, args.device, args.workers,
+    results = evaluate({name: encoder}, data, crop, args.what, device, args.workers,
                        config["seed"])
     print(table(results))
-    merge_json(folder / "eval.json", results if args.momentum else results[name])
-    print(f"merged into {folder / 'eval.json'}")
+    keep(folder, args.data, config, results if args.momentum else results[name])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Read it from top to bottom; the order is that of the paper's overview figure:
 
     1. Vision transformer          the encoder f_q, with attention that can be stored
     2. Pivotal regions             which patches matter: the attention of all layers, multiplied
-    3. Location-wise mask          keep the most important 30 % of the patches, black out the rest
+    3. Location-wise mask          keep the most important 30 % of the patches, zero the rest
     4. Momentum branches           heads, the momentum encoder f_k = f_l, its moving average
     5. Loss, and class LoDisc      global + local contrastive loss, the whole figure in one forward
     6. From checkpoint to encoder  load_encoder
@@ -404,7 +404,7 @@ def mask_pixels(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
     """x ⊙ mask: the normalised pictures with every patch that is not kept set to zero.
 
     images (B, 3, H, W), mask bool (B, N) with N = (H / patch_size) * (W / patch_size), row by
-    row -> (B, 3, H, W). Zero after normalisation is the data set's mean colour, as in the paper.
+    row -> (B, 3, H, W). Zero after normalisation is the mean colour, as in the released code.
     Raises ValueError where the shapes do not fit together.
     """
     require(images.ndim == 4, f"expected images (B, 3, H, W), got {tuple(images.shape)}")

@@ -23,11 +23,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from data.augment import Batches, Plain, TwoViews, mix_seed
-from data.datasets import NAMES, load_data
+from data.datasets import NAMES, data_name, load_data
 from data.draw import draw_run
 from data.run import (COLUMNS, FILM, NEW_RUN, Progress, Stop, filmed, merge_json, new_folder,
-                      outlive_the_step, read_run, save_checkpoint, unlearnt_loss, write_json,
-                      write_metrics)
+                      outlive_the_step, pick_device, read_run, save_checkpoint, unlearnt_loss,
+                      write_json, write_metrics)
 from data.weights import load_published
 from eval import RawPixels, evaluate, importance_of, one_line, table
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
@@ -105,29 +105,12 @@ def parse_args(argv=None):
     return vars(parser.parse_args(argv)), defaults
 
 
-def data_name(text):
-    """A data set's name, or a folder's whole path, so that eval.py finds it from anywhere."""
-    return text if text in NAMES else whole_path(text)
-
-
 def init_name(text):
     return text if text in ("none", "imagenet") else whole_path(text)
 
 
 def whole_path(text):
     return str(Path(text).resolve())
-
-
-def pick_device(name):
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available()
-                else "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda" and dist.is_torchelastic_launched():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: a GPU for each process
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {first_line(error)}") from None
 
 
 def pick_precision(amp, device, width):
@@ -283,7 +266,8 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
     else:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty, where the run began without one
+            scaler.load_state_dict(checkpoint["scaler"])
         step, history, film = (checkpoint[name] for name in ("step", "history", "film"))
         losses += checkpoint["losses"].to(device)
         # every draw here is seeded by its step or sample; this is for what a fork may add
@@ -302,8 +286,8 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
                         generator=generator,  # so that it leaves torch's own alone
                         pin_memory=device.type == "cuda", worker_init_fn=outlive_the_step)
     progress = Progress(epochs, steps, settings["batch_size"], step)
-    print(f"a branch that has learnt nothing loses {unlearnt_loss(settings):.3f}; from there the "
-          "loss should fall")
+    print(f"a branch that has learnt nothing has a loss of {unlearnt_loss(settings):.3f}; from "
+          "there it should fall")
     model.train()
     begun, started = step, time.monotonic()
     for view1, view2 in loader:

@@ -125,6 +125,11 @@ NAMED = {
 NAMES = ("synthetic", *NAMED)
 
 
+def data_name(text):
+    """A data set's name, or a folder's whole path, so that it is found from anywhere."""
+    return text if text in NAMES else str(Path(text).resolve())
+
+
 def load_data(name, root="datasets", download=False):
     """`synthetic`, a data set of the paper below root, or a folder -> Data."""
     if name == "synthetic":

@@ -1,4 +1,4 @@
-"""A run beside its loop: folder, checkpoint and metrics, the progress line, how it is stopped."""
+"""A run beside its loop: device, folder, checkpoint, metrics, progress line, how it is stopped."""
 
 import csv
 import json
@@ -80,8 +80,12 @@ def write_json(path, contents):
 
 def merge_json(path, results):
     """Add results to a JSON file; figures of other kinds that it holds already stay."""
-    known = read_json(path) if path.exists() else {}
-    write_json(path, {**known, **results})
+    def merged(known, new):
+        return {**known, **{name: merged(known[name], value) if isinstance(value, dict)
+                            and isinstance(known.get(name), dict) else value
+                            for name, value in new.items()}}
+
+    write_json(path, merged(read_json(path) if path.exists() else {}, results))
 
 
 def unlearnt_loss(settings):
@@ -92,6 +96,19 @@ def unlearnt_loss(settings):
 def filmed(n):
     """Which of n training pictures have their masks kept."""
     return [i * n // FILM for i in range(FILM)]
+
+
+def pick_device(name):
+    """A device that works; "auto" is the first of cuda, mps and cpu that there is."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available()
+                else "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and dist.is_torchelastic_launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: a GPU for each process
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {first_line(error)}") from None
 
 
 class Stop:

@@ -29,7 +29,8 @@ WRAPPED = r"(?:(?:model|state_dict)\.)?(?:module\.)?"  # a training script, Dist
 TRAINING = r"(?:optimizer|lr_scheduler|(?:amp_|fp16_)?scaler|model_ema|state_dict_ema)\.|best_acc"
 FORMATS = (  # the first that fits
     Format("this project", "cls_token", r"model\.encoder\.", r"model\.momentum_encoder\.",
-           r"model\.(?:projector|predictor|momentum_projector)\.|losses|film|random|" + TRAINING),
+           r"model\.(?:projector|predictor|momentum_projector)\.|losses|film|"
+           r"(?:cuda_)?random|" + TRAINING),
     Format("MoCo v3", "cls_token", r"state_dict\.module\.base_encoder\.",
            r"state_dict\.module\.momentum_encoder\.",
            r"state_dict\.module\.predictor\.|" + TRAINING),
@@ -60,7 +61,7 @@ def load_published(encoder, path, momentum=False):
     the first three have. Positions of another image size are interpolated. Raises ValueError for
     another format, and names the tensors that are left over, missing or of another shape.
     """
-    tensors = imagenet(encoder) if path == "imagenet" else read_tensors(path)
+    tensors, arch = (imagenet(encoder), None) if path == "imagenet" else read_tensors(path)
     form = next((form for form in FORMATS if any(re.fullmatch(form.encoder + form.mark, name)
                                                  for name in tensors)), None)
     where = f"--init {path}"
@@ -69,7 +70,7 @@ def load_published(encoder, path, momentum=False):
     require(form.momentum or not momentum, f"{where} ({form.name}) holds one encoder; leave out "
             "--init-momentum")
     found, left_out, odd = sort_out(tensors, form, momentum)
-    check_size(encoder, found, form, where)
+    check_size(encoder, found, form, arch, where)
     if "pos_embed" in found:
         side = encoder.image_size // encoder.patch_size
         found["pos_embed"] = resize_positions(found["pos_embed"], side)
@@ -100,17 +101,21 @@ def imagenet(encoder):
 
 
 def read_tensors(path):
-    """All tensors of a torch.save file by dotted names; nothing in the file is executed."""
+    """(all tensors of a torch.save file by dotted names, the architecture that a checkpoint of this
+    project names, or None); nothing in the file is executed.
+    """
     try:
         # DINO and DeiT keep their settings in a Namespace: a plain record, it runs nothing
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return dict(flatten(torch.load(path, map_location="cpu", weights_only=True)))
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"--init {path}: no such file") from None
     except Exception as error:  # torch.load raises many kinds for a file that is something else
         unknown = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {unknown[1]}, which may run code" if unknown else first_line(error)
         raise ValueError(f"--init {path}: not read as weights: {reason}") from None
+    config = contents.get("config") if isinstance(contents, dict) else None
+    return dict(flatten(contents)), config.get("arch") if isinstance(config, dict) else None
 
 
 def flatten(contents, name=""):
@@ -144,22 +149,26 @@ def sort_out(tensors, form, momentum):
     return found, sorted(beside), odd
 
 
-def check_size(encoder, found, form, where):
-    """Raise ValueError, with the options that fit, where the file's ViT is of another size."""
+def check_size(encoder, found, form, arch, where):
+    """Raise ValueError, with the options that fit, where the file's ViT is of another size. The
+    number of heads, which no tensor shows, is known from arch or from the format: MoCo v3's ViT-S
+    has 12, everybody else's 6.
+    """
     projection = found.get("patch_embed.proj.weight")
     if projection is None:
         return  # reported as missing
     depth = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     dim, patch_size = len(projection), projection.shape[-1]
-    own_heads = form.name == "MoCo v3" and dim == 384  # of its ViT-S: 12, which no shape shows
-    fits = (dim, depth, patch_size) == (encoder.dim, len(encoder.blocks), encoder.patch_size)
-    if own_heads:
-        fits = fits and encoder.blocks[0].attn.heads == 12
-    names = [name for name, sizes in ARCHITECTURES.items() if own_heads == name.endswith("moco")
+    own_heads = encoder.blocks[0].attn.heads
+    moco_small = arch == "vit_small_moco" or form.name == "MoCo v3" and dim == 384
+    names = [name for name, sizes in ARCHITECTURES.items() if moco_small == name.endswith("moco")
              and (sizes["dim"], sizes["depth"]) == (dim, depth)]
+    heads = 12 if moco_small else ARCHITECTURES[names[0]]["heads"] if names else own_heads
+    fits = (dim, depth, heads, patch_size) == (encoder.dim, len(encoder.blocks), own_heads,
+                                               encoder.patch_size)
     advice = f"; give --arch {names[0]} --patch-size {patch_size}" if names else ""
-    require(fits, f"{where} ({form.name}): width {dim}, {depth} layers, patches of {patch_size} px "
-            f"do not fit the encoder{advice}")
+    require(fits, f"{where} ({form.name}): width {dim}, {depth} layers, {heads} heads, patches of "
+            f"{patch_size} px do not fit the encoder{advice}")
 
 
 def resize_positions(positions, side):

@@ -182,11 +182,16 @@ def medians(rounds):
     return {name: statistics.median(seconds[name] for seconds in rounds) for name in rounds[0]}
 
 
-def main(argv=None):
+def parse_args(argv=None):
+    """(its own options, train.py's settings given, their defaults)"""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--rounds", type=int, default=10)
     args, rest = parser.parse_known_args(argv)
-    given, defaults = train.parse_args(rest)
+    return args, *train.parse_args(rest)
+
+
+def main(argv=None):
+    args, given, defaults = parse_args(argv)
     settings = {**defaults, **given}
     device = train.pick_device(settings["device"])
     dataset = load_data(settings["data"], settings["data_root"]).train

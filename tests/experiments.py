@@ -16,6 +16,8 @@ import random
 import shutil
 import statistics
 import sys
+import zlib
+from contextlib import redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +34,7 @@ from data.augment import plain_crop, to_tensor
 from data.birds import Birds
 from data.draw import curves, sheet
 from data.datasets import TRAIN_BIRDS
-from data.run import MAIN_FIGURES, filmed, read_json
+from data.run import FREE, MAIN_FIGURES, filmed, read_json
 from lodisc import first_line, load_encoder, location_mask, require
 
 RUNS = Path("runs/experiments")
@@ -66,17 +68,22 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 
 def held_out(source):
-    """A folder of links: train/ without every class's fifth, drawn by seed 0, and that as test/."""
-    folder, rng = RUNS / f"{Path(source).name}-held-out", random.Random(0)
+    """A folder of links: train/ without every class's fifth, drawn by seed 0, and that as test/.
+
+    Its name holds a checksum of what is linked: other pictures, other runs.
+    """
+    places = {place: sorted(place.iterdir())
+              for place in sorted(Path(source).resolve().glob("train/*/"))}
+    require(places, f"{source} has no class folders in train/")
+    checksum = zlib.crc32("\n".join(map(str, sum(places.values(), []))).encode())
+    folder, rng = RUNS / f"{Path(source).name}-held-out-{checksum:08x}", random.Random(0)
     shutil.rmtree(folder, ignore_errors=True)  # links alone
-    for place in sorted(Path(source).resolve().glob("train/*/")):
-        files = sorted(place.iterdir())
+    for place, files in places.items():
         rng.shuffle(files)
         for i, file in enumerate(files):
             link = folder / ("train" if i % 5 else "test") / place.name / file.name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file)
-    require(folder.exists(), f"{source} has no class folders in train/")
     return folder
 
 
@@ -111,6 +118,16 @@ def look_and_save(save):
 BIRDS = Birds("test", 300)
 
 
+def settings_of(data, options, seed):
+    """What train.py makes of these options here and now."""
+    given, defaults = train.parse_args(["--data", str(data), *options, "--seed", str(seed)])
+    settings = {**defaults, **given}
+    with redirect_stdout(None):
+        train.settle(settings, train.pick_device(settings["device"]),
+                     len(train.load_data(settings["data"]).train), 1)
+    return settings
+
+
 def run(data, options, seed):
     """The run's folder, trained and judged, now or before."""
     name = "-".join([Path(data).name, *(o.lstrip("-") for o in options), "seed", str(seed)])
@@ -118,8 +135,10 @@ def run(data, options, seed):
     if folder.is_dir() and not (folder / "config.json").exists():
         shutil.rmtree(folder)  # killed before it began
     if folder.is_dir():
-        known = read_json(folder / "config.json")["data"]
-        require(known == train.data_name(str(data)), f"{folder} is a run on {known}; move it away")
+        known, wanted = read_json(folder / "config.json"), settings_of(data, options, seed)
+        odd = [f"{name} {value}" for name, value in known.items()
+               if name not in (*FREE, "data_root") and value != wanted[name]]
+        require(not odd, f"{folder} is a run with {', '.join(odd)}; move it away")
     if not (folder / "eval.json").exists():
         train.main(["--resume", str(folder)] if folder.is_dir() else
                    ["--data", str(data), *options, "--seed", str(seed), "--out", str(folder)])
@@ -208,12 +227,16 @@ def pictures(seeds):
     page.quantize(64).save(ROOT / "data" / "looks.png", optimize=True)
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", choices=[*TABLES, "pictures"])
     parser.add_argument("data", nargs="?", default="synthetic")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     seeds = sorted(set(args.seeds))
     require(len(seeds) <= max(STUDENT), f"at most {max(STUDENT)} seeds, got {len(seeds)}")
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -221,6 +244,8 @@ def main(argv=None):
     if args.table == "pictures":
         return pictures(seeds)
     data = held_out(args.data) if args.table in HELD_OUT else args.data
+    pictures_of = train.load_data(train.data_name(str(data)))
+    require(pictures_of.test is not None, pictures_of.note)
     folders = {row: [] for row in TABLES[args.table]}
     for seed in seeds:  # seed by seed, so that what is there early can be compared
         for row, options in TABLES[args.table].items():
@@ -231,9 +256,8 @@ def main(argv=None):
     rows = {row: [read_json(folder / "eval.json") for folder in runs]
             for row, runs in folders.items()}
     every = [folder for runs in folders.values() for folder in runs]
-    device = train.pick_device(read_json(every[0] / "config.json")["device"])
-    print(f"\n{args.table} on {Path(data).name}, seeds {', '.join(map(str, seeds))}, on {device}, "
-          f"training {statistics.mean(map(seconds, every)):.0f} s a run\n")
+    print(f"\n{args.table} on {Path(data).name}, seeds {', '.join(map(str, seeds))}, training "
+          f"{statistics.mean(map(seconds, every)):.0f} s a run\n")
     print("\n".join(markdown(rows, columns)))
 
 

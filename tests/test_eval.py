@@ -139,6 +139,10 @@ def test_localisation_of_masks_that_are_known(monkeypatch):
         kept = shares.sort(1, descending=sign > 0).values[:, :10]
         assert ratio["object"] == pytest.approx((kept.mean() / shares.mean()).item(), rel=1e-5)
         assert (ratio["object"] > 2) == (ratio["parts"] > 1.5) == (sign > 0)
+        assert ratio["object_most"] == pytest.approx(
+            (shares.sort(1).values[:, -10:].mean() / shares.mean()).item(), rel=1e-5)
+        fixed = shares[:, shares.mean(0).argsort()[-10:]]
+        assert ratio["object_fixed"] == pytest.approx((fixed.mean() / shares.mean()).item(), rel=1e-5)
         assert (ratio["pointing_game"] > 0.95) == (sign > 0)
 
 

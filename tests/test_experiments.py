@@ -26,11 +26,18 @@ def test_held_out_is_train_without_a_fifth_of_every_class(flowers):
     assert parts["train"] | parts["test"] == whole and not parts["train"] & parts["test"]
     for label in range(3):
         assert sum(path.parent.name == f"class {label}" for path in parts["test"]) == 3  # of 12
-    next(iter((flowers / "train").glob("*/*"))).unlink()  # fewer pictures: none on both sides
-    experiments.held_out(flowers)
+    next(iter((flowers / "train").glob("*/*"))).unlink()  # other pictures, another folder
+    assert experiments.held_out(flowers) != folder
+    folder = experiments.held_out(flowers)
     parts = [{path.name for path in (folder / part / "class 0").iterdir()}
              for part in ("train", "test")]
     assert not parts[0] & parts[1]
+
+
+def test_pictures_that_cannot_be_judged_are_refused_at_once(flowers, monkeypatch):
+    monkeypatch.setattr(train, "save_checkpoint", train.save_checkpoint)  # given back afterwards
+    with pytest.raises(ValueError, match="training without evaluation"):
+        experiments.main(["methods", str(flowers / "train")])
 
 
 def test_a_table_from_the_shell(few_birds, monkeypatch, capsys):
@@ -38,11 +45,10 @@ def test_a_table_from_the_shell(few_birds, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "TABLES", {"methods": {"global": ["--method", "global"],
                                                             "lodisc": []}})
     monkeypatch.setattr(experiments, "BIRDS", experiments.Birds("test", 8))
-    small = ["--image-size", "16", "--epochs", "2", "--batch-size", "50", "--workers", "0",
-             "--device", "cpu"]
+    small = {"image_size": 16, "epochs": 2, "batch_size": 50}
+    monkeypatch.setitem(train.RECIPES, "synthetic", {**train.RECIPES["synthetic"], **small})
     real, begun = train.main, []
-    monkeypatch.setattr(train, "main", lambda argv: begun.append(argv) or real(
-        argv if "--resume" in argv else [*argv, *small]))
+    monkeypatch.setattr(train, "main", lambda argv: begun.append(argv) or real(argv))
     monkeypatch.setattr(train, "save_checkpoint", train.save_checkpoint)  # given back afterwards
     experiments.main(["methods", "--seeds", "0", "1"])
     first = capsys.readouterr().out
@@ -66,7 +72,6 @@ def test_a_table_from_the_shell(few_birds, monkeypatch, capsys):
     again = capsys.readouterr().out
     assert begun == [["--resume", "runs/experiments/synthetic-seed-1"]]
     assert [line for line in again.splitlines() if line.startswith("|")] == lines
-    with pytest.raises(ValueError, match="move it away"):
-        Path("elsewhere/synthetic/train/a").mkdir(parents=True)
-        Path("runs/experiments/synthetic-seed-0").rename("runs/experiments/train-seed-0")
-        experiments.run("elsewhere/synthetic/train", [], 0)
+    with pytest.raises(ValueError, match="is a run with epochs 2; move it away"):
+        monkeypatch.setitem(train.RECIPES["synthetic"], "epochs", 3)  # another recipe since then
+        experiments.run("synthetic", [], 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import assignment
+import benchmark
 import eval as judging
 import experiments
 import train
@@ -21,6 +22,11 @@ PAGES = README + (ROOT / "data" / "README.md").read_text()
 MODULES = [importlib.import_module(name) for name in
            ("lodisc", "train", "eval", "data.augment", "data.birds", "data.datasets", "data.draw",
             "data.flowers17", "data.run", "data.weights", "torch")]
+PARSERS = {"train.py": train.parse_args, "eval.py": judging.parse_args,
+           "data/flowers17.py": lambda words: [Path(word) for word in words],
+           "tests/experiments.py": experiments.parse_args,
+           "tests/benchmark.py": benchmark.parse_args,
+           "tests/assignment.py": lambda words: Path(*words)}
 WORDS = {*ARCHITECTURES, *METHODS, *MASKS, *IMPORTANCES, *LOCAL_INPUTS, *NAMES, *train.COLUMNS,
          *experiments.TABLES, "imagenet"}
 LEFT_BY_A_RUN = {"config.json", "metrics.csv", "checkpoint.pt", "eval.json", "run.png", "masks.png",
@@ -66,7 +72,7 @@ def options():
 
 def test_options(capsys):
     known = {"--nproc_per_node"}
-    for parse in (train.parse_args, judging.parse_args, experiments.main):
+    for parse in (train.parse_args, judging.parse_args, experiments.parse_args):
         with pytest.raises(SystemExit):
             parse(["--help"])
         known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
@@ -87,10 +93,8 @@ def test_commands(line):
             continue
         script, *arguments = words
         assert (ROOT / script).is_file()
-        if script == "train.py" and "--help" not in arguments:
-            train.parse_args(arguments)
-        elif script == "eval.py":
-            judging.parse_args(arguments)
+        if "--help" not in arguments:
+            PARSERS[script](arguments)
 
 
 @torch.no_grad()

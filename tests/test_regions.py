@@ -102,6 +102,11 @@ def test_weights_that_underflow_stay_finite_and_tie_by_index():
     assert location_mask(importance, 0.4)[0].nonzero().flatten().tolist() == [0, 1, 3]
 
 
+def test_a_picture_of_one_patch_has_an_importance():
+    assert torch.equal(attention_product([torch.full((2, 3, 2), 0.5)] * 2),
+                       torch.full((2, 1), 0.25).log())
+
+
 @pytest.mark.parametrize("call, says", [
     (lambda: attention_product([]), "attention='row'"),
     (lambda: attention_product([torch.ones(2, 5)]), "(2, 5)"),

@@ -140,13 +140,11 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(flowers):
     assert sorted(p.name for p in Path("full").iterdir()) == ["config.json", "metrics.csv"]
 
 
-def test_a_read_only_folder_is_one_line(flowers, monkeypatch):
-    def refuse(self, *_, **__):
-        raise PermissionError(13, "Permission denied", str(self))
-
-    monkeypatch.setattr(Path, "mkdir", refuse)  # root, as in a container, may write anywhere
-    with pytest.raises(OSError, match="Permission denied.*run"):
-        train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", "--out", "run"])
+def test_a_folder_that_cannot_be_made_is_one_line(flowers):
+    Path("file").touch()  # not a read-only folder: root, as in a container, may write anywhere
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--data", flowers / "train", *SMALL,
+                           "--out", "file/run"], capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(r"train\.py: .*file/run.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried", "DefaultCPUAllocator: can't "
@@ -211,6 +209,11 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(flowers, monk
     with pytest.raises(ValueError, match="not finite by step 6, learning rate .*--lr.*bad"):
         train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "9", "--workers", "0",
                     "--out", "bad"])
+    done.clear()
+    monkeypatch.setattr(train, "CHECK_EVERY", 1)
+    with pytest.raises(ValueError, match="not finite by step 5,"):  # within an epoch too
+        train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "9", "--workers", "0",
+                    "--out", "early"])
     checkpoint = torch.load("bad/checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 3
     assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())

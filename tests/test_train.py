@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_a_run_leaves_config_metrics_checkpoint_and_figures(flowers, capsys):
     train.main(["--data", str(flowers), *SMALL])
     folder = Path("runs/flowers-lodisc-1")
     printed = capsys.readouterr().out
-    assert f"loses {4 * 0.2 * math.log(12):.3f}" in printed
+    assert f"has a loss of {4 * 0.2 * math.log(12):.3f}" in printed
     assert all(row in printed for row in ("raw pixels", "untrained", "trained", "mAP"))
     config = json.loads((folder / "config.json").read_text())
     assert config["data"] == str(flowers) and config["epochs"] == 2 and config["seed"] == 0
@@ -62,6 +63,15 @@ def test_a_run_leaves_config_metrics_checkpoint_and_figures(flowers, capsys):
     judging.main(["all", str(folder), "--workers", "0"])
     again = json.loads((folder / "eval.json").read_text())
     assert again == {name: figures[name] for name in ("linear", "knn", "retrieval")}
+    shutil.copytree(flowers, "other")
+    for what, options in (("linear", ["--momentum"]), ("knn", ["--momentum"]),
+                          ("knn", ["--data", str(flowers)]), ("knn", ["--data", "other"])):
+        judging.main([what, str(folder), *options, "--workers", "0"])
+    after = json.loads((folder / "eval.json").read_text())
+    assert after.pop("momentum").keys() == {"linear", "knn"}
+    assert after == {**again, str(Path("other").resolve()): {"knn": again["knn"]}}  # beside its own
+    with pytest.raises(ValueError, match="--device quantum: "):
+        judging.main(["masks", str(folder), "--device", "quantum"])
     judging.main(["masks", str(folder)])
     assert (folder / "masks.png").stat().st_size > 1000
     picture = next((flowers / "test").rglob("*.jpg"))

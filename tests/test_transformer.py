@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models import vit_b_16
+from torchvision.models import ViT_B_16_Weights, vit_b_16
 
-from lodisc import Block, VisionTransformer, attention_weights, create_vit, sincos_positions
+from lodisc import (IMAGENET_MEAN, IMAGENET_STD, Attention, Block, VisionTransformer,
+                    attention_weights, create_vit, first_line, sincos_positions)
 
 
 def torchvision_weights(model):
@@ -86,7 +87,7 @@ def test_full_matrices_are_those_of_the_features():
 def test_class_only_is_the_class_tokens_place_of_the_whole(attention):
     block, x = Block(48, 3).double(), torch.randn(2, 10, 48, dtype=torch.float64)
     (whole, weights), (alone, same_weights) = block(x, attention), block(x, attention, True)
-    assert alone.shape == (2, 1, 48)
+    assert alone.shape == (2, 1, 48) and whole.shape == Attention(48, 3)(x.float())[0].shape == x.shape
     assert torch.allclose(alone, whole[:, :1], atol=1e-12)
     assert (weights is same_weights is None) if attention is None else weights.equal(same_weights)
 
@@ -216,9 +217,16 @@ def test_learned_positions_and_trained_projection_are_options():
 
 
 def test_published_sizes():
-    for name, millions in (("vit_tiny", 5.5), ("vit_small", 21.7), ("vit_base", 85.8)):
-        assert sum(p.numel() for p in create_vit(name, 224, 16).parameters()) / 1e6 == \
-            pytest.approx(millions, abs=0.06)
+    for name, heads, millions in (("vit_tiny", 3, 5.5), ("vit_small", 6, 21.7),
+                                  ("vit_small_moco", 12, 21.7), ("vit_base", 12, 85.8)):
+        encoder = create_vit(name, 224, 16)
+        assert len(encoder.blocks) == 12 and encoder.blocks[-1].attn.heads == heads
+        assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_pictures_are_normalised_as_published():
+    published = ViT_B_16_Weights.IMAGENET1K_V1.transforms()
+    assert [list(IMAGENET_MEAN), list(IMAGENET_STD)] == [published.mean, published.std]
 
 
 def test_gradients_reach_everything_that_trains():
@@ -228,13 +236,18 @@ def test_gradients_reach_everything_that_trains():
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
+def test_an_error_in_one_line():
+    assert first_line(ValueError(" what came\nwhere")) == "what came"
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
 @pytest.mark.parametrize("call, says", [
     (lambda e: create_vit("vit_huge", 32, 8), "vit_huge"),
     (lambda e: create_vit("vit_nano", 50, 8), "50 px"),
     (lambda e: create_vit("vit_nano", 32, 0), "multiple of the patch"),
     (lambda e: VisionTransformer(32, 8, dim=50, depth=1, heads=3), "50"),
     (lambda e: VisionTransformer(32, 8, dim=6, depth=1, heads=3), "multiple of 4"),
-    (lambda e: e(torch.zeros(2, 3, 40, 40)), "(2, 3, 40, 40)"),
+    (lambda e: e(torch.zeros(2, 3, 40, 40)), "(B, 3, 32, 32), got (2, 3, 40, 40)"),
     (lambda e: e(torch.zeros(3, 32, 32)), "(3, 32, 32)"),
     (lambda e: e(torch.zeros(2, 1, 32, 32)), "(2, 1, 32, 32)"),
     (lambda e: e(torch.zeros(2, 3, 32, 32), attention="all"), "'all'"),

@@ -107,6 +107,7 @@ def own_file(encoder, other):
     return {"model": {**backbone(encoder, "encoder."), **backbone(other, "momentum_encoder."),
                       **zeros(heads)},
             "optimizer": optimizer(), "losses": torch.zeros(3), "random": torch.get_rng_state(),
+            "cuda_random": torch.get_rng_state(),
             "film": [(0, torch.zeros(8, 4, dtype=torch.bool))], "step": 3, "scaler": {},
             "config": {"arch": "vit_tiny"}, "history": [{"epoch": 1, "total": 3.0}]}
 
@@ -194,6 +195,12 @@ def test_a_smaller_moco_v3_has_heads_of_its_own(tmp_path):
     load_published(new_encoder("vit_small_moco"), tmp_path / "vit-s.pth.tar")
     torch.save(backbone(new_encoder("vit_small")), tmp_path / "deit.pth")
     load_published(new_encoder("vit_small"), tmp_path / "deit.pth")
+    with pytest.raises(ValueError, match="6 heads.*--arch vit_small --patch-size 16$"):
+        load_published(new_encoder("vit_small_moco"), tmp_path / "deit.pth")
+    torch.save({**own_file(small, small), "config": {"arch": "vit_small_moco"}}, tmp_path / "own.pt")
+    with pytest.raises(ValueError, match="12 heads.*--arch vit_small_moco"):
+        load_published(new_encoder("vit_small"), tmp_path / "own.pt")
+    load_published(new_encoder("vit_small_moco"), tmp_path / "own.pt")
 
 
 class Bomb:
