@@ -77,6 +77,7 @@ def test_no_permutation_of_the_keys_beats_the_right_one(seed, batch):
 def test_loss_sends_no_gradient_to_keys_and_stays_float32_under_autocast():
     queries, keys = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     expected = contrastive_loss(queries, keys, 0.2)
+    assert abs(expected - contrastive_loss(queries.double(), keys.double(), 0.2)) < 1e-6
     with torch.autocast("cpu", torch.bfloat16):
         loss = contrastive_loss(queries, keys, 0.2)
         halves = contrastive_loss(queries.bfloat16(), keys.bfloat16(), 0.2)
@@ -128,6 +129,7 @@ def test_schedule_rises_from_base_to_one(total, base):
     assert values[0] == pytest.approx(base) and values[-1] == pytest.approx(1)
     assert all(a <= b + 1e-15 for a, b in zip(values, values[1:]))
     assert momentum_schedule(total, 2 * total, base) == pytest.approx((1 + base) / 2)
+    assert momentum_schedule(0, total) == 0.99
 
 
 # --- LoDisc -----------------------------------------------------------------------------------
@@ -279,6 +281,13 @@ def test_heads_are_those_of_moco_v3():
     assert [m.affine for m in model.projector if isinstance(m, nn.BatchNorm1d)] == [True, True, False]
 
 
+@pytest.mark.parametrize("mask", ["location", "least"])
+def test_training_never_waits_for_a_look_at_nan(mask):
+    """The loop's own look at the loss finds it; until then masks of NaN have their size."""
+    model, rows = tiny(mask=mask), [torch.full((2, 3, 17), math.nan)] * 4
+    assert model.pivotal_mask(two_views(2)[0], rows, None).sum(1).tolist() == [model.num_kept] * 2
+
+
 @pytest.mark.parametrize("call, says", [
     (lambda: tiny(method="moco"), "'moco'"),
     (lambda: tiny(mask="best"), "'best'"),
@@ -286,6 +295,7 @@ def test_heads_are_those_of_moco_v3():
     (lambda: tiny(local_input="words"), "'words'"),
     (lambda: tiny(keep_ratio=2), "got 2"),
     (lambda: tiny(temperature=0), "above 0"),
+    (lambda: tiny(temperature=-0.2), "above 0"),
     (lambda: tiny()(*two_views(1)), "batch of one"),
     (lambda: tiny()(two_views()[0], two_views(5)[0]), "(5, 3, 32, 32)"),
     (lambda: contrastive_loss(torch.zeros(3), torch.zeros(3), 0.2), "(3,)"),
@@ -294,6 +304,7 @@ def test_heads_are_those_of_moco_v3():
     (lambda: contrastive_loss(torch.zeros(3, 2), torch.zeros(4, 2), 0.2, offset=2), "from key 2"),
     (lambda: contrastive_loss(torch.zeros(3, 2), torch.zeros(4, 2), 0.2, offset=-1), "from key -1"),
     (lambda: contrastive_loss(torch.zeros(3, 2), torch.zeros(3, 2), 0.0), "above 0"),
+    (lambda: contrastive_loss(torch.zeros(3, 2), torch.zeros(3, 2), -0.2), "above 0"),
     (lambda: momentum_update(nn.Linear(2, 2), nn.Linear(2, 2), 1.5), "got 1.5"),
     (lambda: momentum_update(nn.Linear(2, 2), nn.Linear(2, 3), 0.5), "differ"),
     (lambda: momentum_schedule(5, 4), "got 5"),

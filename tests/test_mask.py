@@ -119,6 +119,18 @@ def test_block_and_random_masks_vary_in_place_and_shape():
     assert (share - 19 / 64).abs().max() < 0.12
 
 
+def test_block_masks_are_up_to_three_times_as_high_or_low_as_square_and_lie_anywhere():
+    generator = torch.Generator().manual_seed(0)
+    blocks = block_mask(20_000, 400, 0.04, generator).view(-1, 20, 20)  # 16 patches each
+    heights = blocks.any(2).sum(1)
+    assert (heights.min(), heights.max()) == (1, 12)
+    corner = blocks[heights == 4].flatten(1).int().argmax(1)  # the upper left one of squares
+    for place in (corner // 20, corner % 20):
+        counts = place.bincount()
+        assert len(counts) == 17 and counts.max() < 1.6 * len(corner) / 17
+        assert counts.min() > 0.6 * len(corner) / 17
+
+
 @given(importances(), ratios)
 def test_kept_indices(importance, ratio):
     mask = location_mask(importance, ratio)
