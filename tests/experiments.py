@@ -17,8 +17,9 @@ import shutil
 import statistics
 import sys
 import zlib
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,7 +36,7 @@ from data.birds import Birds
 from data.draw import curves, sheet
 from data.datasets import TRAIN_BIRDS
 from data.run import FREE, MAIN_FIGURES, filmed, read_json
-from lodisc import first_line, load_encoder, location_mask, require
+from lodisc import LoDisc, first_line, load_encoder, location_mask, require
 
 RUNS = Path("runs/experiments")
 # table: {row: options of train.py}; the first row is what the others are compared with
@@ -54,14 +55,63 @@ TABLES = {
         "weight decay 0.02": ["--weight-decay", "0.02"],
         "temperature 0.1": ["--temperature", "0.1"], "temperature 0.4": ["--temperature", "0.4"],
         "crop from 0.2": ["--crop-min", "0.2"], "warm-up 6": ["--warmup-epochs", "6"]}.items()},
-    "variants": {"global": ["--method", "global"], "lodisc": [],
+    "variants": {"lodisc": [], "global": ["--method", "global"],
                  "keep 0.5": ["--keep-ratio", "0.5"], "keep 0.7": ["--keep-ratio", "0.7"],
-                 "last layer": ["--importance", "last"], "random": ["--mask", "random"]},
+                 "last layer": ["--importance", "last"], "block": ["--mask", "block"],
+                 "local loss rises": ["rising"], "mask follows late": ["late"]},
 }
 HELD_OUT = ("recipe", "variants")
 WHERE = {"on the bird": ("localisation", "object"), "on its parts": ("localisation", "parts")}
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
            10: 2.262}  # 97.5 % points of Student's t for so many values
+
+
+# --- schedules, which train.py has no options for ---------------------------------------------
+
+
+class Rising(LoDisc):
+    """The local loss counts by the share of the run that is done, twice, up to its whole."""
+
+    done = 0.0
+
+    def forward(self, *views):
+        out = super().forward(*views)
+        return out._replace(total=out.global_loss + min(1, 2 * Rising.done) * out.local_loss)
+
+
+class Late(LoDisc):
+    """Random masks for the first half of the run; from then on they follow the attention."""
+
+    done = 0.0
+
+    def pivotal_mask(self, view, attentions, generator):
+        self.mask = "random" if Late.done < 0.5 else "location"
+        return super().pivotal_mask(view, attentions, generator)
+
+    def global_key(self, view):
+        self.mask = "location"  # whatever the step before left there: attention is stored
+        return super().global_key(view)
+
+
+SCHEDULES = {"rising": Rising, "late": Late}
+
+
+@contextmanager
+def schedule(options):
+    """While it lasts, train.py trains the model of the schedule among the options, if any."""
+    model, = [SCHEDULES[option] for option in options if option in SCHEDULES] or [None]
+    if model is None:
+        yield
+        return
+
+    def momentum_schedule(step, total, base):  # the loop asks it before each step
+        model.done = step / total
+        return real(step, total, base)
+
+    real = train.momentum_schedule
+    with patch.object(train, "LoDisc", model), \
+            patch.object(train, "momentum_schedule", momentum_schedule):
+        yield
 
 
 # --- runs -------------------------------------------------------------------------------------
@@ -120,6 +170,7 @@ BIRDS = Birds("test", 300)
 
 def settings_of(data, options, seed):
     """What train.py makes of these options here and now."""
+    options = [option for option in options if option not in SCHEDULES]
     given, defaults = train.parse_args(["--data", str(data), *options, "--seed", str(seed)])
     settings = {**defaults, **given}
     with redirect_stdout(None):
@@ -140,8 +191,10 @@ def run(data, options, seed):
                if name not in (*FREE, "data_root") and value != wanted[name]]
         require(not odd, f"{folder} is a run with {', '.join(odd)}; move it away")
     if not (folder / "eval.json").exists():
-        train.main(["--resume", str(folder)] if folder.is_dir() else
-                   ["--data", str(data), *options, "--seed", str(seed), "--out", str(folder)])
+        own = [option for option in options if option not in SCHEDULES]
+        with schedule(options):
+            train.main(["--resume", str(folder)] if folder.is_dir() else
+                       ["--data", str(data), *own, "--seed", str(seed), "--out", str(folder)])
     if data == "synthetic" and "localisation" not in read_json(folder / "eval.json"):
         judging.main(["masks", str(folder)])
     return folder

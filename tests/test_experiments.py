@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import experiments
 import train
+from lodisc import attention_product, location_mask
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -32,6 +34,33 @@ def test_held_out_is_train_without_a_fifth_of_every_class(flowers):
     parts = [{path.name for path in (folder / part / "class 0").iterdir()}
              for part in ("train", "test")]
     assert not parts[0] & parts[1]
+
+
+@pytest.mark.parametrize("name", ["rising", "late"])
+def test_schedules_follow_the_run(few_birds, monkeypatch, name):
+    """Four steps: the local loss counts 0, 0.5, 1, 1; masks are random in the first two alone."""
+    counts, random = [], []
+    model, real = experiments.SCHEDULES[name], experiments.LoDisc.pivotal_mask
+
+    def forward(self, *views, whole=model.forward):
+        out = whole(self, *views)
+        counts.append(((out.total - out.global_loss) / out.local_loss).item())
+        return out
+
+    def pivotal_mask(self, view, attentions, generator):
+        mask = real(self, view, attentions, generator)
+        random.append(not torch.equal(mask, location_mask(attention_product(attentions), 0.3)))
+        return mask
+
+    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(experiments.LoDisc, "pivotal_mask", pivotal_mask)
+    small = {"image_size": 16, "epochs": 2, "batch_size": 100}
+    monkeypatch.setitem(train.RECIPES, "synthetic", {**train.RECIPES["synthetic"], **small})
+    experiments.RUNS.mkdir(parents=True)
+    folder = experiments.run("synthetic", [name], 0)
+    assert folder.name == f"synthetic-{name}-seed-0" and train.LoDisc is experiments.LoDisc
+    assert counts == pytest.approx([0, 0.5, 1, 1] if name == "rising" else [1] * 4, abs=1e-4)
+    assert random == [name == "late"] * 4 + [False] * 4  # of two views each
 
 
 def test_pictures_that_cannot_be_judged_are_refused_at_once(flowers, monkeypatch):
