@@ -454,7 +454,7 @@ def momentum_update(online: nn.Module, momentum: nn.Module, m: float) -> None:
     new, old = dict(online.named_parameters()), dict(momentum.named_parameters())
     require({n: p.shape for n, p in new.items()} == {n: p.shape for n, p in old.items()},
             "the online and the momentum module differ in their parameters' names or shapes")
-    new = [new[name].to(parameter.dtype) for name, parameter in old.items()]
+    new = [new[name] for name in old]  # in the same order
     torch._foreach_lerp_(list(old.values()), new, 1 - m)  # all parameters in one call
 
 
