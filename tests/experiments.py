@@ -56,8 +56,8 @@ TABLES = {
         "temperature 0.1": ["--temperature", "0.1"], "temperature 0.4": ["--temperature", "0.4"],
         "crop from 0.2": ["--crop-min", "0.2"], "warm-up 6": ["--warmup-epochs", "6"]}.items()},
     "variants": {"lodisc": [], "global": ["--method", "global"],
-                 "keep 0.5": ["--keep-ratio", "0.5"], "keep 0.7": ["--keep-ratio", "0.7"],
-                 "last layer": ["--importance", "last"], "block": ["--mask", "block"],
+                 "rollout": ["--importance", "rollout"], "keep 0.7": ["--keep-ratio", "0.7"],
+                 "tokens": ["--local-input", "tokens"], "block": ["--mask", "block"],
                  "local loss rises": ["rising"], "mask follows late": ["late"]},
 }
 HELD_OUT = ("recipe", "variants")
