@@ -459,7 +459,8 @@ def momentum_update(online: nn.Module, momentum: nn.Module, m: float) -> None:
 
 
 def momentum_schedule(step: int, total: int, base: float = 0.99) -> float:
-    """The EMA momentum at a step: base at 0, rising by half a cosine to 1 at total (BYOL)."""
+    """The EMA momentum at a step: base at 0, rising by half a cosine to 1 at total (BYOL).
+    Raises ValueError for total < 1, a step outside [0, total], a base outside [0, 1]."""
     require(total > 0 and 0 <= step <= total, f"step must be in [0, {total}], got {step}")
     require(0 <= base <= 1, f"the base momentum must be in [0, 1], got {base}")
     return 1 - (1 - base) * (1 + math.cos(math.pi * step / total)) / 2

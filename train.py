@@ -352,6 +352,8 @@ def judge(settings, data, folder, device):
     """Raw pixels, the encoder before and after training, evaluated the same way, side by side."""
     if data.test is None:
         return print(f"not evaluated: {data.note}")
+    print("judging raw pixels and the encoder before and after; the training is saved, --resume "
+          f"{folder} does this part again")
     crop = settings["image_size"], settings["mean"], settings["std"]
     before = "untrained" if settings["init"] == "none" else "initial"
     encoders = {"raw pixels": RawPixels(), before: build_model(settings).encoder,
@@ -385,6 +387,8 @@ def main(argv=None):
     print(f"{settings['method']} on {len(data.train)} pictures of {settings['data']}, "
           f"{settings['arch']} at {settings['image_size']} px, on {device}"
           + (f" in {processes} processes" if processes > 1 else "") + f", into {folder}")
+    if data.test is None:
+        print(f"will not be evaluated: {data.note}")
     try:
         with Stop() as stop:
             finished = train(model, settings, data, folder, device, stop, checkpoint, rank,

@@ -112,7 +112,8 @@ def read_tensors(path):
         raise FileNotFoundError(f"--init {path}: no such file") from None
     except Exception as error:  # torch.load raises many kinds for a file that is something else
         unknown = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds {unknown[1]}, which may run code" if unknown else first_line(error)
+        reason = (f"it holds {unknown[1]}, which may run code" if unknown else
+                  "it is no file of tensors that torch.save wrote")
         raise ValueError(f"--init {path}: not read as weights: {reason}") from None
     config = contents.get("config") if isinstance(contents, dict) else None
     return dict(flatten(contents)), config.get("arch") if isinstance(config, dict) else None
