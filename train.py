@@ -314,7 +314,8 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
         if step % CHECK_EVERY == 0:
             check_finite(losses, step, lr, folder)
         epoch_ends = step % steps == 0
-        if not (stop.agree() or epoch_ends):
+        stopping = stop.agree()
+        if not (stopping or epoch_ends):
             continue
 
         if dist.is_initialized():
@@ -336,7 +337,7 @@ def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, 
                             step=step, history=history, film=film, losses=losses,
                             random=torch.get_rng_state(), cuda_random=torch.cuda.get_rng_state(
                                 device) if device.type == "cuda" else None)
-        if stop.asked:
+        if stopping:
             return False
         begun, started = step, time.monotonic()
     return True

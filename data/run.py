@@ -129,11 +129,11 @@ class Stop:
 
     def agree(self):
         """Whether any process was asked: all must stop after the same step."""
-        if dist.is_initialized():
-            asked = torch.tensor(int(self.asked))
-            dist.all_reduce(asked)
-            self.asked = bool(asked)
-        return self.asked
+        if not dist.is_initialized():
+            return self.asked
+        asked = torch.tensor(int(self.asked))
+        dist.all_reduce(asked)  # what is asked while it waits counts at the next step
+        return bool(asked)
 
     def __exit__(self, *error):
         for number, handler in self.before.items():

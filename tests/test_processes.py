@@ -19,6 +19,7 @@ import eval as judge
 import train
 from conftest import same, weights
 from data.augment import Batches, TwoViews
+from data.run import Stop
 from lodisc import LoDisc, contrastive_loss, create_vit, gather
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -142,6 +143,15 @@ def test_torchrun_stops_and_goes_on_to_the_weights_of_a_run_never_stopped(flower
     # one process has other weights: BatchNorm sees whole batches there
     train.main([*map(str, options), "--out", "one"])
     assert not same(weights("one"), weights("whole"))
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda asked: signal.raise_signal(signal.SIGTERM))
+    with Stop() as stop:
+        assert not stop.agree()  # all processes must hear the same answer
+        monkeypatch.setattr(dist, "all_reduce", lambda asked: None)
+        assert stop.agree()
 
 
 def test_an_odd_share_is_refused():
