@@ -16,11 +16,19 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 def test_paired_difference():
     """By hand: differences 1, 2, 3, mean 2, standard error 1 / sqrt(3), t of two degrees 4.303."""
     assert experiments.difference([3.0, 4.0, 5.0], [2.0, 2.0, 2.0]) == "+2.000 [-0.484, +4.484]"
-    assert experiments.difference([3.0], [2.5]) == "+0.500"
     assert experiments.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
 
 
-def test_held_out_is_train_without_a_fifth_of_every_class(flowers):
+def test_one_seed_has_no_differences():
+    figures = {"linear": {"top1": 0.5}}
+    columns = {"linear top-1": ("linear", "top1")}
+    rows = experiments.markdown({"global": [figures], "lodisc": [figures]}, columns)
+    assert rows[2:] == ["| global | 0.500 |", "| lodisc | 0.500 |"]
+    rows = experiments.markdown({"global": [figures] * 2, "lodisc": [figures] * 2}, columns)
+    assert rows[4:] == ["| lodisc − global | +0.000 [+0.000, +0.000] |"]
+
+
+def test_held_out_is_train_without_a_fifth_of_every_class(flowers, monkeypatch):
     folder = experiments.held_out(flowers)
     parts = {part: {path.relative_to(folder / part) for path in (folder / part).glob("*/*")}
              for part in ("train", "test")}
@@ -28,12 +36,24 @@ def test_held_out_is_train_without_a_fifth_of_every_class(flowers):
     assert parts["train"] | parts["test"] == whole and not parts["train"] & parts["test"]
     for label in range(3):
         assert sum(path.parent.name == f"class {label}" for path in parts["test"]) == 3  # of 12
+    marker = folder / "marker"
+    marker.touch()
+    assert experiments.held_out(flowers) == folder and marker.exists()  # a table may be reading it
     next(iter((flowers / "train").glob("*/*"))).unlink()  # other pictures, another folder
-    assert experiments.held_out(flowers) != folder
-    folder = experiments.held_out(flowers)
-    parts = [{path.name for path in (folder / part / "class 0").iterdir()}
-             for part in ("train", "test")]
-    assert not parts[0] & parts[1]
+    real, calls = Path.symlink_to, []
+
+    def killed(link, file):
+        calls.append(link)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        real(link, file)
+
+    monkeypatch.setattr(Path, "symlink_to", killed)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.held_out(flowers)
+    monkeypatch.setattr(Path, "symlink_to", real)
+    other = experiments.held_out(flowers)  # nothing half done was left in its place
+    assert other != folder and len(list(other.glob("*/*/*"))) == 35
 
 
 @pytest.mark.parametrize("name", ["rising", "late"])
