@@ -292,7 +292,7 @@ def pictures(seeds):
                           for rows in zip(*tables, strict=True)]
                  for method, tables in looks.items()}
         curves(pen, (left, 40, left + 470, 260), lines, 1.0, "chance", font)
-        pen.text((left + 235, 8), title, "black", font, anchor="mt")
+        pen.text((left + 470, 22), title, "black", font, anchor="rm")
     page.quantize(64).save(ROOT / "data" / "looks.png", optimize=True)
 
 

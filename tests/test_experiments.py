@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import experiments
 import train
-from lodisc import attention_product, location_mask
+from lodisc import attention_product, load_encoder, location_mask
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -112,8 +113,18 @@ def test_a_table_from_the_shell(few_birds, monkeypatch, capsys):
                for name in folders]
     assert experiments.spread(figures[2:]) in lines[5]
     assert experiments.difference(figures[2:], figures[:2]) in lines[6]
-    looks = (experiments.RUNS / "synthetic-seed-0" / "looks.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in looks] == ["0", "4", "8"]
+    looks = experiments.read_looks(experiments.RUNS / "synthetic-seed-0" / "looks.csv")
+    assert [row[0] for row in looks] == [0, 4, 8]
+    found = experiments.judging.localisation(
+        load_encoder(experiments.RUNS / "synthetic-seed-0", momentum=True), experiments.BIRDS)
+    assert looks[-1][1:] == pytest.approx((found["object"], found["parts"]), abs=1e-6)
+
+    monkeypatch.setattr(experiments, "ROOT", Path("."))
+    Path("data").mkdir()
+    experiments.main(["pictures", "--seeds", "0", "1"])
+    for name in ("masks.png", "looks.png"):
+        assert Path("data", name).stat().st_size < 100_000
+        assert len(Image.open(Path("data", name)).getcolors()) > 5  # something is drawn
 
     Path("runs/experiments/synthetic-seed-1/eval.json").unlink()  # killed before it was judged
     begun.clear()
