@@ -114,11 +114,10 @@ class Mlp(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU()
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
