@@ -265,12 +265,19 @@ def markdown(rows, columns):
 def pictures(seeds):
     """data/masks.png of the first seed, data/looks.png of all seeds' mean; of the drawn birds."""
     folders = {method: [run("synthetic", TABLES["methods"][method], seed) for seed in seeds]
-               for method in ("global", "lodisc")}
-    config, test = read_json(folders["lodisc"][0] / "config.json"), Birds("test", 20)
+               for method in ("lodisc", "global")}
+    masks_picture({method: runs[0] for method, runs in folders.items()})
+    looks_picture(folders)
+
+
+def masks_picture(folders):
+    """folders {method: a run's}: where they look, and the encoder that they began with."""
+    config, test = read_json(folders["lodisc"] / "config.json"), Birds("test", 20)
     crop = v2.Compose(plain_crop(config["image_size"]))
     birds = [crop(test[i][0]) for i in filmed(len(test))]
     encoders = {"untrained": train.build_model(config).momentum_encoder.eval(),
-                **{method: load_encoder(folders[method][0], momentum=True) for method in folders}}
+                **{method: load_encoder(folders[method], momentum=True)
+                   for method in ("global", "lodisc")}}
     rows = {"picture": (birds, None)}
     for name, encoder in encoders.items():
         normalise = v2.Compose(to_tensor(encoder.mean, encoder.std))
@@ -282,9 +289,12 @@ def pictures(seeds):
     page = page.resize((page.width * 2 // 3, page.height * 2 // 3), Image.Resampling.BOX)
     page.quantize(48).save(ROOT / "data" / "masks.png", optimize=True)
 
-    steps = TRAIN_BIRDS // config["batch_size"]
-    looks = {method: [read_looks(folder / "looks.csv") for folder in folders[method]]
-             for method in ("lodisc", "global")}
+
+def looks_picture(folders):
+    """folders {method: [a run's]}: by epoch, the mean over runs of the shares in looks.csv."""
+    steps = TRAIN_BIRDS // train.RECIPES["synthetic"]["batch_size"]
+    looks = {method: [read_looks(folder / "looks.csv") for folder in runs]
+             for method, runs in folders.items()}
     page = Image.new("RGB", (1080, 320), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
     for left, title, which in ((60, "on the bird", 1), (590, "on its parts", 2)):

@@ -55,6 +55,9 @@ def test_held_out_is_train_without_a_fifth_of_every_class(flowers, monkeypatch):
     monkeypatch.setattr(Path, "symlink_to", real)
     other = experiments.held_out(flowers)  # nothing half done was left in its place
     assert other != folder and len(list(other.glob("*/*/*"))) == 35
+    parts = [{path.name for path in (other / part / "class 0").iterdir()}
+             for part in ("train", "test")]
+    assert not parts[0] & parts[1]
 
 
 @pytest.mark.parametrize("name", ["rising", "late"])
