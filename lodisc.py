@@ -4,28 +4,24 @@ fine-grained visual recognition (Shi, Wei, Nie, Huang, arXiv 2403.04066).
 Read it from top to bottom; the order is that of the paper's overview figure:
 
     1. Vision transformer          the encoder f_q, with attention that can be stored
-    2. Pivotal regions             which patches matter: the attention of all layers, multiplied
+    2. Pivotal regions             patch importance: attention multiplied over all layers
     3. Location-wise mask          keep the most important 30 % of the patches, zero the rest
     4. Momentum branches           heads, the momentum encoder f_k = f_l, its moving average
     5. Loss, and class LoDisc      global + local contrastive loss, the whole figure in one forward
-    6. From checkpoint to encoder  load_encoder
+    6. Published weights           load_encoder
 
-The method is MoCo v3 on a ViT plus a local branch: the momentum encoder sees the picture once
-more with only its pivotal patches, and the online encoder's view of the OTHER augmentation must
-match it. Nothing here knows of devices, picture files or optimisers; of processes, `gather` does.
+The method is MoCo v3 on a ViT plus a local branch: the momentum encoder sees each view once more
+with only its pivotal patches, and the online encoder's view of the OTHER augmentation must match
+it. Shapes: B images, N patches, D features, h heads, d = D / h, k kept patches, C projections.
 
-Letters in shape comments: B images, N patches of an image, D features, h heads, d = D / h,
-k kept patches, C the contrastive space.
-
-References
-    ViT      Dosovitskiy et al. 2021, arXiv 2010.11929; parameter names and sizes as in timm
-    MoCo v3  Chen, Xie, He 2021, arXiv 2104.02057: branches, loss, initialisation, schedule of m
-    BYOL     Grill et al. 2020, arXiv 2006.07733: the predictor, the rising momentum
-    rollout  Abnar, Zuidema 2020, arXiv 2005.00928
+MoCo v3 is arXiv 2104.02057 (branches, loss, initialisation), ViT 2010.11929, BYOL 2006.07733,
+attention rollout 2005.00928; parameter names and sizes are timm's.
 """
 
+import argparse
 import copy
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,24 +39,22 @@ ARCHITECTURES = {
     "vit_base": dict(dim=768, depth=12, heads=12),
 }
 METHODS = ("lodisc", "global", "local")
-MASKS = ("location", "random", "block", "least")
 LOCAL_INPUTS = ("pixels", "tokens")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def require(condition, message):
-    """Raise ValueError(message) unless the condition holds."""
+class UserError(Exception):
+    """A user's mistake: the scripts show its message in one line, without a traceback."""
+
+
+def require(condition, message, error=ValueError):
+    """Raise error(message) unless the condition is true."""
     if not condition:
-        raise ValueError(message)
-
-
-def first_line(error):
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise error(message)
 
 
 def widen(x: Tensor) -> Tensor:
-    """To float32 where x is half precision or integer; float64 stays float64."""
+    """Cast half precision and integers to float32; leave float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -68,23 +62,21 @@ def widen(x: Tensor) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)), the weights that a fused attention kernel never shows.
+    """Return softmax(q k^T / sqrt(d)), the weights that a fused attention kernel never exposes.
 
-    q (B, h, Q, d), k (B, h, 1+N, d) -> (B, h, Q, 1+N), float32 or wider whatever the autocast:
-    the product over layers (section 2) would multiply twelve rounding errors of half precision.
-    """
+    q (B, h, Q, d), k (B, h, 1+N, d) -> (B, h, Q, 1+N), float32 or wider under any autocast:
+    the product over layers (section 2) would multiply twelve rounding errors of half precision."""
     with torch.autocast(q.device.type, enabled=False):
         q, k = widen(q), widen(k)
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention that can hand out its weights.
+    """Multi-head self-attention that can return its weights.
 
     The figure's importance needs only the class token's row of the weights: one query against
-    all keys, O(N). So the features come from the fused kernel in every mode, and the row is
-    computed beside it from the same q and k; the (1+N, 1+N) matrix exists only if asked for.
-    """
+    all keys, O(N). So the features always come from the fused kernel, and the row is computed
+    beside it from the same q and k; the (1+N, 1+N) matrix exists only on request."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -93,15 +85,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, attention=None, class_only=False):
-        """x (B, 1+N, D) -> (B, 1+N, D), or (B, 1, D) if only the class token asks; and the
-        weights: None, (B, h, 1+N) or (B, h, 1+N, 1+N), whoever asks.
-        """
+        """x (B, 1+N, D) -> features (B, 1+N, D), or with class_only the class token's (B, 1, D);
+        weights: None, "row" (B, h, 1+N), "full" (B, h, 1+N, 1+N), "mean" (B, 1, 1+N, 1+N)."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         weights = None
         if attention == "row":
             weights = attention_weights(q[:, :, :1], k).squeeze(2)  # (B, h, 1+N)
-        elif attention == "full":
+        elif attention is not None:
             weights = attention_weights(q, k)  # (B, h, 1+N, 1+N)
+            if attention == "mean":
+                weights = weights.mean(dim=1, keepdim=True)  # (B, 1, 1+N, 1+N)
         if class_only:
             q = q[:, :, :1]
         x = F.scaled_dot_product_attention(q, k, v)  # (B, h, 1+N, d)
@@ -131,16 +124,14 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, x, attention=None, class_only=False):
-        """x (B, 1+N, D) -> (B, 1+N, D), or of that the class token's (B, 1, D) alone, without
-        the work for the others; and the attention weights asked for.
-        """
+        """As `Attention.forward`; class_only also skips the MLP of all other tokens."""
         attended, weights = self.attn(self.norm1(x), attention, class_only)
         x = (x[:, :1] if class_only else x) + attended
         return x + self.mlp(self.norm2(x)), weights
 
 
 class PatchEmbed(nn.Module):
-    """Cut the picture into patches and project each: a convolution whose stride is its size."""
+    """Cut the image into patches and project each: a convolution whose stride is its size."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
@@ -152,38 +143,34 @@ class PatchEmbed(nn.Module):
 
 
 def sincos_positions(side: int, dim: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions -> (1, 1 + side * side, dim), zeros for the class token.
+    """Return fixed 2-D sine-cosine positions (1, 1 + side * side, dim), zeros for the class token.
 
-    A quarter of the channels each for sin and cos of the column, sin and cos of the row, at
-    frequencies from 1 down to 1/10000 (MoCo v3, section 4.4; Vaswani et al. 2017 in 2-D).
-    """
+    A quarter of the channels each for sin and cos of the row, sin and cos of the column, at
+    frequencies from 1 down to 1/10000 (MoCo v3, section 4.4)."""
     require(dim % 4 == 0, f"sine-cosine positions need a width that is a multiple of 4, got {dim}")
     frequencies = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
     angles = torch.arange(side)[:, None] * frequencies  # (side, dim/4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, dim/2)
-    columns = repeat(line, "column c -> (row column) c", row=side)
     rows = repeat(line, "row c -> (row column) c", column=side)
-    patches = torch.cat([columns, rows], dim=1)  # (N, dim)
+    columns = repeat(line, "column c -> (row column) c", row=side)
+    patches = torch.cat([rows, columns], dim=1)  # (N, dim)
     return torch.cat([torch.zeros(1, dim), patches])[None]  # (1, 1+N, dim)
 
 
 def kept_indices(mask: Tensor, k: int) -> Tensor:
-    """The k True places of each row: mask (B, N) -> (B, k) int64, ascending.
-
-    k is a number that the caller knows, not mask.sum(): reading a sum back would make a GPU wait.
-    """
+    """Return the k True places of each row: mask (B, N) -> (B, k) int64, ascending.
+    The caller passes k, as reading mask.sum() back would synchronise with a GPU."""
     return mask.int().argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
 class VisionTransformer(nn.Module):
     """ViT encoder; its feature is the class token after the last LayerNorm.
 
-    Parameters carry timm's names, so that published weights fit. A new one starts as in MoCo v3:
+    Parameters have timm's names, so that published weights fit. The initialisation is MoCo v3's:
     Xavier-uniform weights with q, k and v each as a matrix of its own, zero biases, a class token
-    near zero, fixed sine-cosine positions, and a patch projection that stays at its random
-    values (the trick of MoCo v3, section 4, against training that comes apart), unless
-    learned_positions and train_projection say otherwise.
-    """
+    near zero, fixed sine-cosine positions, and a patch projection frozen at its random values
+    (MoCo v3, section 4, against training instability), unless learned_positions and
+    train_projection say otherwise."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, learned_positions=False,
                  train_projection=False):
@@ -193,7 +180,7 @@ class VisionTransformer(nn.Module):
                 f"patches of {patch_size} px")
         require(dim % heads == 0, f"width {dim} does not divide into {heads} heads")
         self.image_size, self.patch_size, self.dim = image_size, patch_size, dim
-        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD  # what its pictures are normalised by
+        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD  # input normalisation
         side = image_size // patch_size
         self.num_patches = side * side
 
@@ -202,72 +189,59 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(sincos_positions(side, dim), requires_grad=learned_positions)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.initialise(learned_positions)
-        self.patch_embed.requires_grad_(train_projection)
-
-    def initialise(self, learned_positions):
-        """MoCo v3's initialisation (its section 4 and vits.py)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                fan_out = self.dim if name.endswith("qkv") else module.out_features
-                bound = math.sqrt(6 / (module.in_features + fan_out))
-                nn.init.uniform_(module.weight, -bound, bound)
+                for part in module.weight.detach().chunk(3 if name.endswith("qkv") else 1):
+                    nn.init.xavier_uniform_(part)
                 nn.init.zeros_(module.bias)
-        bound = math.sqrt(6 / (3 * self.patch_size**2 + self.dim))
-        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.detach().flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.normal_(self.cls_token, std=1e-6)
         if learned_positions:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.patch_embed.requires_grad_(train_projection)
 
     def forward(self, images, attention=None, keep=None):
         """images (B, 3, H, W), normalised -> features (B, D), attention of every layer.
 
-        attention  None: nothing is stored, the list is empty;
-                   "row": the class token's row, a list of (B, h, 1+N) float32;
-                   "full": the matrices, a list of (B, h, 1+N, 1+N) float32.
-        keep       None, or only these patches enter: bool (B, N) with as many True in each row,
-                   or their indices (B, k). Positions are added before the others are dropped,
-                   and the class token always stays (the list then holds 1+k instead of 1+N).
-        Raises ValueError for another picture size, an unknown attention, or a ragged keep.
-        """
-        size = (3, self.image_size, self.image_size)
-        require(images.ndim == 4 and images.shape[1:] == size,
-                f"expected images (B, {size[0]}, {size[1]}, {size[2]}), got {tuple(images.shape)}")
-        require(attention in (None, "row", "full"),
-                f"attention must be None, 'row' or 'full', got {attention!r}")
+        attention  None: an empty list; or a list of float32: "row", the class token's row
+                   (B, h, 1+N); "full", the matrices (B, h, 1+N, 1+N); "mean", the matrices
+                   averaged over heads (B, 1, 1+N, 1+N)
+        keep       None, or only these patches enter: bool (B, N) with the same number k of True
+                   in every row, or indices int64 (B, k); the lists then have 1+k for 1+N
+        Raises ValueError for another image size, an unknown attention, or a ragged keep."""
+        x, attentions = self.tokens(images, attention, keep, class_only=True)
+        return x[:, 0], attentions  # (B, D)
+
+    def tokens(self, images, attention=None, keep=None, class_only=False):
+        """As `forward`, but all tokens after the last LayerNorm, class token first: (B, 1+N, D).
+        class_only: the last layer computes the class token alone, (B, 1, D)."""
+        side = self.image_size
+        require(images.shape[1:] == (3, side, side),
+                f"expected images (B, 3, {side}, {side}), got {tuple(images.shape)}")
+        require(attention in (None, "row", "full", "mean"),
+                f"attention must be None, 'row', 'full' or 'mean', got {attention!r}")
         x = self.patch_embed(images) + self.pos_embed[:, 1:]  # (B, N, D)
         if keep is not None:
-            x = x.gather(1, repeat(self.checked_keep(keep, x), "b k -> b k d", d=self.dim))
+            if keep.dtype == torch.bool:
+                counts = keep.sum(dim=1)
+                require(keep.shape == x.shape[:2] and counts[0] > 0 and (counts == counts[0]).all(),
+                        f"expected keep {tuple(x.shape[:2])} with the same number of True in every "
+                        f"row, got {tuple(keep.shape)} with {counts.min()} to {counts.max()}")
+                keep = kept_indices(keep, int(counts[0]))
+            x = x.gather(1, repeat(keep, "b k -> b k d", d=self.dim))  # (B, k, D)
         token = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+N, D)
         attentions = []
-        for block in self.blocks:  # of the last layer's output the class token alone is used
-            x, weights = block(x, attention, class_only=block is self.blocks[-1])
+        for block in self.blocks:
+            x, weights = block(x, attention, class_only and block is self.blocks[-1])
             if attention is not None:
                 attentions.append(weights)
-        return self.norm(x[:, 0]), attentions  # (B, D)
-
-    def checked_keep(self, keep, x):
-        """keep as indices (B, k); a bool mask must have the same count in every row."""
-        if keep.dtype == torch.bool:
-            require(keep.shape == x.shape[:2],
-                    f"expected keep {tuple(x.shape[:2])}, got {tuple(keep.shape)}")
-            counts = keep.sum(dim=1)
-            k = int(counts[0])
-            require(k > 0 and bool((counts == k).all()),
-                    "every row of keep must have the same number of True, at least one, got "
-                    f"{counts.min()} to {counts.max()}")
-            return kept_indices(keep, k)
-        require(keep.ndim == 2 and len(keep) == len(x) and keep.dtype == torch.int64,
-                f"expected keep as bool (B, N) or int64 (B, k), got {keep.dtype} "
-                f"{tuple(keep.shape)}")
-        return keep
+        return self.norm(x), attentions
 
 
 def create_vit(name: str, image_size: int, patch_size: int, **options) -> VisionTransformer:
-    """A new encoder by its name in ARCHITECTURES; sizes in pixels, options as in VisionTransformer.
-    Weights are drawn from torch's global generator: call torch.manual_seed first."""
+    """Create an encoder of ARCHITECTURES, its weights drawn from torch's global generator."""
     require(name in ARCHITECTURES, f"unknown encoder {name!r}, have {', '.join(ARCHITECTURES)}")
     return VisionTransformer(image_size, patch_size, **ARCHITECTURES[name], **options)
 
@@ -275,20 +249,17 @@ def create_vit(name: str, image_size: int, patch_size: int, **options) -> Vision
 # --- 2. Local pivotal region collection ------------------------------------------------------
 
 
-def check_layers(attentions):
-    """A list, one tensor a layer, all of one shape: rows or square matrices."""
-    require(isinstance(attentions, (list, tuple)) and len(attentions) > 0, "expected a list with "
-            "the attention of each layer, as the encoder returns with attention='row' or 'full'")
-    for attention in attentions:
-        shape = attention.shape
-        require(shape == attentions[0].shape and len(shape) in (3, 4) and shape[-1] > 1
-                and (len(shape) == 3 or shape[-1] == shape[-2]),
-                "expected attention as rows (B, heads, 1+N) or matrices (B, heads, 1+N, 1+N), of "
-                f"one shape in all layers, got {tuple(shape)}")
+def check_layers(attentions, dimensions=(3, 4)):
+    """Require one tensor per layer, all of one shape: rows (B, h, 1+N) or square matrices."""
+    shapes = [tuple(a.shape) for a in attentions] if isinstance(attentions, (list, tuple)) else []
+    require(shapes and all(shape == shapes[0] and len(shape) in dimensions and shape[-1] > 1
+                           and (len(shape) == 3 or shape[-1] == shape[-2]) for shape in shapes),
+            "expected a list with the attention of each layer, from the encoder's attention='row', "
+            f"'mean' or 'full', all of one shape with {dimensions} dimensions, got {shapes}")
 
 
 def class_row(attention: Tensor) -> Tensor:
-    """Heads averaged, the class token's row, patches only: (B, h, 1+N[, 1+N]) -> (B, N)."""
+    """Average the heads of the class token's row, patches only: (B, h, 1+N[, 1+N]) -> (B, N)."""
     row = attention if attention.ndim == 3 else attention[:, :, 0]
     return widen(row).mean(dim=1)[:, 1:]
 
@@ -296,124 +267,110 @@ def class_row(attention: Tensor) -> Tensor:
 def attention_product(attentions: list[Tensor]) -> Tensor:
     """The paper's importance: attention weights multiplied elementwise over all layers.
 
-    attentions: one a layer, rows (B, h, 1+N) or matrices (B, h, 1+N, 1+N); heads are averaged.
-    Returns (B, N) float32, the LOG of the product: log A_i = sum over l of log a_l^i. A product
-    of twelve weights of about 1/N underflows in half precision and soon in float32; the sum of
-    logarithms has the same order and does not. A weight that is 0 counts as float32's smallest.
-    Source: the paper's overview figure. Raises ValueError for what is no such list.
-    """
+    attentions: one per layer, rows (B, h, 1+N) or matrices (B, h, 1+N, 1+N); heads are averaged.
+    Returns (B, N) float32, the LOG of the product: log A_i = sum over l of log a_l^i. The product
+    of twelve weights of about 1/N underflows in half precision, of more layers in float32; its
+    logarithm has the same order. A weight of 0 counts as float32's smallest normal number.
+    Raises ValueError if `attentions` is malformed. Source: the paper's overview figure."""
     check_layers(attentions)
-    total = carry = 0
-    for attention in attentions:
-        # Kahan's compensated sum: plain float32 would lose 1e-3 over 24 layers at -80 each, and
-        # float64 is not to be had on every device.
-        term = class_row(attention).clamp_min(torch.finfo(torch.float32).tiny).log() - carry
-        new_total = total + term
-        total, carry = new_total, (new_total - total) - term
-    return total.float()
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.stack([class_row(a).clamp_min(tiny).log() for a in attentions]).sum(0).float()
 
 
 def attention_rollout(attentions: list[Tensor]) -> Tensor:
     """Attention rollout: the matrix product of (A_l + I) / 2 over layers, class token's row.
 
-    attentions: full matrices (B, h, 1+N, 1+N), one a layer, first layer first -> (B, N); rows
-    are a ValueError, as it matters what flows between patches. Abnar and Zuidema 2020, section 3.
-    """
-    check_layers(attentions)
-    require(attentions[0].ndim == 4, "attention_rollout needs full matrices (B, heads, 1+N, 1+N), "
-            f"got {tuple(attentions[0].shape)}; call the encoder with attention='full'")
-    matrices = [widen(attention).mean(dim=1) for attention in attentions]  # (B, 1+N, 1+N) each
-    row = torch.zeros_like(matrices[0][:, 0])  # (B, 1+N)
+    attentions: matrices (B, h, 1+N, 1+N), one per layer, first layer first -> (B, N); the
+    encoder's attention="mean" takes the least memory. Rows raise ValueError: they lack the
+    attention between patches. Abnar and Zuidema 2020, section 3."""
+    check_layers(attentions, dimensions=(4,))
+    row = torch.zeros_like(widen(attentions[0])[:, 0, 0])  # (B, 1+N)
     row[:, 0] = 1  # the class token
-    for matrix in reversed(matrices):  # a row times a matrix is O(N^2), the product would be O(N^3)
-        row = (torch.einsum("bi,bij->bj", row, matrix) + row) / 2
+    for attention in reversed(attentions):  # a row times a matrix: O(N^2), not O(N^3)
+        row = (torch.einsum("bi,bij->bj", row, widen(attention).mean(dim=1)) + row) / 2
     return row[:, 1:]
 
 
 def last_attention(attentions: list[Tensor]) -> Tensor:
-    """The class token's attention in the last layer alone, heads averaged -> (B, N)."""
+    """Return the class token's attention in the last layer alone, heads averaged: (B, N)."""
     check_layers(attentions)
     return class_row(attentions[-1])
 
 
-IMPORTANCES = {"product": attention_product, "rollout": attention_rollout, "last": last_attention}
+# name: (function, the attention that the encoder must store for it)
+IMPORTANCES = {"product": (attention_product, "row"), "rollout": (attention_rollout, "mean"),
+               "last": (last_attention, "row")}
 
 
 # --- 3. Location-wise mask -------------------------------------------------------------------
 
 
 def kept_count(num_patches: int, keep_ratio: float) -> int:
-    """How many patches a keep ratio in (0, 1] keeps: max(1, floor(keep_ratio * N + 1e-9)).
-
-    The 1e-9 makes 0.3 of 10 patches 3, though 0.3 * 10 may fall a rounding error below it.
-    """
+    """Return how many patches a keep ratio in (0, 1] keeps: max(1, floor(keep_ratio * N))."""
     require(0 < keep_ratio <= 1, f"keep_ratio must be in (0, 1], got {keep_ratio}")
-    return max(1, math.floor(keep_ratio * num_patches + 1e-9))
+    return max(1, math.floor(keep_ratio * num_patches + 1e-9))  # 0.29 * 100 is 28.999...
 
 
-def location_mask(importance: Tensor, keep_ratio: float, check: bool = True) -> Tensor:
+def location_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     """Keep the most important patches of every image: (B, N) -> bool (B, N), True = kept.
 
-    Exactly kept_count a row; of equal importances the lower index wins, so the mask is the same
-    on every device. Source: "location-wise mask strategy" in the figure (flatten, sort, threshold,
-    back to the grid). Raises ValueError for NaN; check=False skips that look, a wait on a GPU.
-    """
+    Exactly kept_count per row; ties go to the lower index on every device. Source: the figure's
+    "location-wise mask strategy" (flatten, sort, threshold, back to the grid).
+    Raises ValueError for NaN, on a CPU only: the check would synchronise with a GPU."""
     require(importance.ndim == 2 and importance.shape[1] > 0,
             f"expected importance (B, N), got {tuple(importance.shape)}")
     k = kept_count(importance.shape[1], keep_ratio)
-    if check:
-        require(not bool(importance.isnan().any()), "importance holds NaN, which has no order; "
-                "the encoder that made it has diverged")
+    require(importance.device.type != "cpu" or not bool(importance.isnan().any()),
+            "importance contains NaN, which has no order; the encoder has diverged")
     order = importance.argsort(dim=1, descending=True, stable=True)  # (B, N)
     return torch.zeros_like(importance, dtype=torch.bool).scatter_(1, order[:, :k], True)
 
 
-def least_mask(importance: Tensor, keep_ratio: float, check: bool = True) -> Tensor:
+def least_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     """Ablation: keep the LEAST important patches. As location_mask otherwise."""
-    return location_mask(-widen(importance), keep_ratio, check)
+    return location_mask(-widen(importance), keep_ratio)
 
 
-def random_mask(batch: int, num_patches: int, keep_ratio: float, generator=None) -> Tensor:
-    """Ablation: keep patches drawn at random -> bool (batch, num_patches) on the CPU."""
-    noise = torch.rand(batch, num_patches, generator=generator)
-    return location_mask(noise, keep_ratio, check=False)
+def random_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
+    """Ablation: keep patches drawn from the (CPU) generator, whatever their importance."""
+    noise = torch.rand(importance.shape, generator=generator)
+    return location_mask(noise, keep_ratio).to(importance.device, non_blocking=True)
 
 
-def block_mask(batch: int, num_patches: int, keep_ratio: float, generator=None) -> Tensor:
-    """Ablation: keep one rectangle at a random place -> bool (batch, num_patches) on the CPU.
+def block_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
+    """Ablation: keep one block of patches at a random place; arguments as for random_mask.
 
-    The patches must form a square grid. A height is drawn between a third of and three times the
-    square's, the width grows until k patches fit, and one end column is trimmed to exactly k.
-    """
-    side, k = math.isqrt(num_patches), kept_count(num_patches, keep_ratio)
+    The k patches nearest to a random point in a stretched maximum norm: a rectangle, up to three
+    times as high as wide or as wide as high, trimmed to exactly k. The grid must be square."""
+    batch, num_patches = importance.shape
+    side, patch = math.isqrt(num_patches), torch.arange(num_patches)
     require(side * side == num_patches, f"expected a square grid of patches, got {num_patches}")
-    stretch, top, left, turn = torch.rand(4, batch, 1, generator=generator)  # (B, 1) each
-    height = (math.sqrt(k) * 3 ** (2 * stretch - 1)).round().long()
-    height = height.clamp(math.ceil(k / side), min(side, k))  # so that the width fits the grid
-    width = (k + height - 1) // height
-    patch = torch.arange(num_patches)
-    row = patch // side - (top * (side - height + 1)).long()  # (B, N), from the rectangle's corner
-    column = patch % side - (left * (side - width + 1)).long()
-    inside = (row >= 0) & (row < height) & (column >= 0)
-    mask = inside & (column * height + row < k)  # column by column, the first k
-    return torch.where(turn < 0.5, mask, mask.flip(1))  # else the last corner would go short
+    row, column, stretch = torch.rand(3, batch, 1, generator=generator)  # (B, 1) each
+    stretch = 3 ** (stretch - 0.5)
+    vertical = (patch // side + 0.5 - side * row).abs() / stretch  # (B, N)
+    horizontal = (patch % side + 0.5 - side * column).abs() * stretch
+    nearness = -torch.maximum(vertical, horizontal)
+    return location_mask(nearness, keep_ratio).to(importance.device, non_blocking=True)
+
+
+# name: (function, whether it needs the importance; if not, it gets zeros and no attention is
+# stored). A mask of your own: a function of this signature, and one line here.
+MASKS = {"location": (location_mask, True), "least": (least_mask, True),
+         "random": (random_mask, False), "block": (block_mask, False)}
 
 
 def mask_pixels(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
-    """x ⊙ mask: the normalised pictures with every patch that is not kept set to zero.
+    """x ⊙ mask: set every patch of the normalised images that is not kept to zero.
 
     images (B, 3, H, W), mask bool (B, N) with N = (H / patch_size) * (W / patch_size), row by
     row -> (B, 3, H, W). Zero after normalisation is the mean colour, as in the released code.
-    Raises ValueError where the shapes do not fit together.
-    """
-    require(images.ndim == 4, f"expected images (B, 3, H, W), got {tuple(images.shape)}")
-    height, width = images.shape[-2:]
-    require(patch_size > 0 and height % patch_size == 0 and width % patch_size == 0,
-            f"{height} x {width} px is not a multiple of patches of {patch_size} px")
-    rows, columns = height // patch_size, width // patch_size
-    require(mask.dtype == torch.bool and mask.shape == (len(images), rows * columns),
-            f"expected a bool mask ({len(images)}, {rows * columns}), got {mask.dtype} "
-            f"{tuple(mask.shape)}")
+    Raises ValueError if the shapes do not match."""
+    require(images.ndim == 4 and patch_size > 0 and images.shape[2] % patch_size == 0
+            and images.shape[3] % patch_size == 0, f"expected images (B, 3, H, W), H and W "
+            f"multiples of the patch size {patch_size}, got {tuple(images.shape)}")
+    rows, columns = images.shape[2] // patch_size, images.shape[3] // patch_size
+    require(mask.dtype == torch.bool and mask.shape == (len(images), rows * columns), "expected a "
+            f"bool mask ({len(images)}, {rows * columns}), got {mask.dtype} {tuple(mask.shape)}")
     pixels = repeat(mask, "b (rows columns) -> b 1 (rows p) (columns q)",
                     rows=rows, p=patch_size, q=patch_size)  # (B, 1, H, W)
     return images.masked_fill(~pixels, 0)
@@ -426,8 +383,7 @@ def mlp_head(layers: int, in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequ
     """Projector (3 layers) or predictor (2): linear, BatchNorm, ReLU, ..., linear, BatchNorm.
 
     (B, in_dim) -> (B, out_dim). No biases, and no affine in the last BatchNorm (MoCo v3, after
-    SimCLR). BatchNorm is what couples the images of a batch, so a batch of one cannot pass.
-    """
+    SimCLR). BatchNorm couples the images of a batch, so it needs two or more of them."""
     widths = [in_dim] + [hidden_dim] * (layers - 1) + [out_dim]
     modules = []
     for layer, (width_in, width_out) in enumerate(zip(widths, widths[1:]), start=1):
@@ -436,29 +392,22 @@ def mlp_head(layers: int, in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequ
     return nn.Sequential(*modules[:-1])  # no ReLU at the end
 
 
-def momentum_copy(online: nn.Module) -> nn.Module:
-    """The same module with the same weights, out of the optimiser's reach."""
-    return copy.deepcopy(online).requires_grad_(False)
-
-
 @torch.no_grad()
 def momentum_update(online: nn.Module, momentum: nn.Module, m: float) -> None:
     """Exponential moving average, in place: momentum <- m * momentum + (1 - m) * online.
 
-    Parameters only: BatchNorm's running figures are each side's own. lerp, rather than the sum
-    as written, keeps equal weights equal to the last bit, so that what never trains never drifts.
-    Once a step, never in forward. Raises ValueError for m outside [0, 1] or modules that differ.
-    """
+    Once per step, after the optimiser's. Parameters only: BatchNorm's running statistics are not
+    averaged. Raises ValueError for m outside [0, 1] or modules that differ."""
     require(0 <= m <= 1, f"the momentum must be in [0, 1], got {m}")
     new, old = dict(online.named_parameters()), dict(momentum.named_parameters())
     require({n: p.shape for n, p in new.items()} == {n: p.shape for n, p in old.items()},
             "the online and the momentum module differ in their parameters' names or shapes")
-    new = [new[name] for name in old]  # in the same order
-    torch._foreach_lerp_(list(old.values()), new, 1 - m)  # all parameters in one call
+    for name, parameter in old.items():
+        parameter.lerp_(new[name], 1 - m)  # keeps equal weights equal to the last bit
 
 
 def momentum_schedule(step: int, total: int, base: float = 0.99) -> float:
-    """The EMA momentum at a step: base at 0, rising by half a cosine to 1 at total (BYOL).
+    """Return the EMA momentum: base at step 0, rising by half a cosine to 1 at total (BYOL).
     Raises ValueError for total < 1, a step outside [0, total], a base outside [0, 1]."""
     require(total > 0 and 0 <= step <= total, f"step must be in [0, {total}], got {step}")
     require(0 <= base <= 1, f"the base momentum must be in [0, 1], got {base}")
@@ -473,9 +422,8 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, offset: 
 
     queries (B, C), keys (M, C), of any length: both are normalised here. Query i's positive is
     key offset + i, all other keys are its negatives; keys get no gradient. Equal features give
-    2 * temperature * log M, the loss of a model that has learnt nothing. Float32 or wider,
-    whatever the autocast. Raises ValueError for shapes that do not match, or temperature <= 0.
-    """
+    the chance level, 2 * temperature * log M. Float32 or wider under any autocast. Raises
+    ValueError for shapes that do not match, or temperature <= 0."""
     require(queries.ndim == 2 and keys.ndim == 2 and queries.shape[1] == keys.shape[1],
             f"expected queries (B, C) and keys (M, C), got {tuple(queries.shape)} and "
             f"{tuple(keys.shape)}")
@@ -492,10 +440,9 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, offset: 
 
 @torch.no_grad()
 def gather(keys: Tensor) -> tuple[Tensor, int]:
-    """Keys (B, C) of all processes by rank, (processes * B, C), and at which row one's own begin.
+    """Concatenate the keys (B, C) of all ranks -> (ranks * B, C), and the own rank's first row.
 
-    Without a process group: the keys as they are, and 0. Every process must have as many.
-    """
+    Without a process group: the keys unchanged, and 0. All ranks must pass the same number."""
     if not (dist.is_available() and dist.is_initialized()):
         return keys, 0
     everyone = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
@@ -505,7 +452,7 @@ def gather(keys: Tensor) -> tuple[Tensor, int]:
 
 class LoDiscOutput(NamedTuple):
     total: Tensor
-    global_loss: Tensor  # 0 where the method has no such branch
+    global_loss: Tensor  # 0 if the method has no such branch
     local_loss: Tensor
     masks: tuple[Tensor, Tensor] | None  # bool (B, N) of view 1 and of view 2; None for "global"
 
@@ -515,13 +462,12 @@ class LoDisc(nn.Module):
 
     encoder       the online encoder f_q; f_k starts as its copy, so load published weights first
     method        "lodisc"; "global", exactly MoCo v3; or "local", the local loss alone
-    mask          "location" (the paper); of the same size: "random", "block", "least"
+    mask          "location" (the paper); for ablation "random", "block", "least"
     importance    "product" (the paper), "rollout" or "last"
-    local_input   "pixels" (the paper): the picture with its other patches zeroed;
+    local_input   "pixels" (the paper): the image with all other patches set to zero;
                   "tokens": only the kept patches enter the encoder, at keep_ratio of the cost
-    keep_ratio    share of patches kept; temperature: of the softmax over cosine similarities
-    hidden_dim, output_dim   of projector and predictor
-    """
+    keep_ratio    fraction of patches kept; temperature: of the softmax over cosine similarities
+    hidden_dim, output_dim   of projector and predictor"""
 
     def __init__(self, encoder, method="lodisc", mask="location", importance="product",
                  local_input="pixels", keep_ratio=0.3, temperature=0.2, hidden_dim=4096,
@@ -535,28 +481,28 @@ class LoDisc(nn.Module):
         self.method, self.mask, self.importance = method, mask, importance
         self.local_input, self.keep_ratio, self.temperature = local_input, keep_ratio, temperature
         self.num_kept = kept_count(encoder.num_patches, keep_ratio)
+        needs_attention = method != "global" and MASKS[mask][1]
+        self.stored = IMPORTANCES[importance][1] if needs_attention else None
 
         self.encoder = encoder
         self.projector = mlp_head(3, encoder.dim, hidden_dim, output_dim)
         self.predictor = mlp_head(2, output_dim, hidden_dim, output_dim)
-        self.momentum_encoder = momentum_copy(self.encoder)
-        self.momentum_projector = momentum_copy(self.projector)
+        self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)  # f_k = f_l
+        self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
     def train(self, mode=True):
-        """As for any module, but the momentum side stays in train mode: its BatchNorm must use
-        the statistics of the batch at hand, as the online side does to which it is compared."""
+        """Keep the momentum side in train mode: BatchNorm with batch statistics on both sides."""
         super().train(mode)
         self.momentum_encoder.train()
         self.momentum_projector.train()
         return self
 
-    def forward(self, view1, view2, generator=None):
+    def forward(self, view1, view2, generator=None, progress=0.0):
         """Two augmentations of the same images, each (B, 3, H, W) -> LoDiscOutput.
 
-        Every pass is one view on its own, so that BatchNorm sees one view's statistics. generator
-        (CPU) is drawn from by the random and block masks alone. Raises ValueError for unequal
-        views or a batch of one.
-        """
+        Every pass takes one view, so that BatchNorm sees one view's statistics. generator (CPU):
+        for the random and block masks. progress: the fraction of the run that is done, for the
+        schedules of a subclass. Raises ValueError for views that differ in shape, or B < 2."""
         require(view1.shape == view2.shape,
                 f"the views differ in shape: {tuple(view1.shape)} and {tuple(view2.shape)}")
         require(len(view1) > 1, "a batch of one image has no negatives and no batch statistics; "
@@ -580,7 +526,7 @@ class LoDisc(nn.Module):
         return self.predictor(self.projector(self.encoder(view)[0]))
 
     def momentum_side(self, view, generator):
-        """Both momentum branches of a view -> z_k (B, C), z_l (B, C), mask (B, N)."""
+        """Both momentum branches of a view -> z_k (B, C), z_l (B, C), mask (B, N); unused: None."""
         key, attentions = self.global_key(view)
         if self.method == "global":
             return key, None, None
@@ -589,20 +535,18 @@ class LoDisc(nn.Module):
 
     def global_key(self, view):
         """Global momentum branch -> z_k (B, C), and the attention of the same pass, if needed."""
-        use_attention = self.method != "global" and self.mask in ("location", "least")
-        stored = ("full" if self.importance == "rollout" else "row") if use_attention else None
-        features, attentions = self.momentum_encoder(view, attention=stored)
-        return self.momentum_projector(features), attentions
+        if self.method == "local" and not self.stored:
+            return None, None
+        features, attentions = self.momentum_encoder(view, attention=self.stored)
+        return None if self.method == "local" else self.momentum_projector(features), attentions
 
     def pivotal_mask(self, view, attentions, generator):
         """Local pivotal region selection -> bool (B, N), num_kept True in each row."""
-        if self.mask in ("random", "block"):
-            draw = random_mask if self.mask == "random" else block_mask
-            mask = draw(len(view), self.encoder.num_patches, self.keep_ratio, generator)
-            return mask.to(view.device, non_blocking=True)
-        importance = IMPORTANCES[self.importance](attentions)  # (B, N)
-        choose = location_mask if self.mask == "location" else least_mask
-        return choose(importance, self.keep_ratio, check=False)
+        function, needs_importance = MASKS[self.mask]
+        importance = view.new_zeros(len(view), self.encoder.num_patches)
+        if needs_importance:  # NaN is the training loop's to report, with step and learning rate
+            importance = IMPORTANCES[self.importance][0](attentions).nan_to_num()  # (B, N)
+        return function(importance, self.keep_ratio, generator)
 
     def local_key(self, view, mask):
         """Local momentum branch, over the pivotal patches alone -> z_l (B, C)."""
@@ -614,7 +558,7 @@ class LoDisc(nn.Module):
         return self.momentum_projector(self.momentum_encoder(view, keep=keep)[0])
 
     def contrast(self, query, key):
-        keys, offset = gather(key)  # the other processes' images are negatives too
+        keys, offset = gather(key)  # the other ranks' images are negatives too
         return contrastive_loss(query, keys, self.temperature, offset)
 
     def update_momentum(self, m):
@@ -622,29 +566,115 @@ class LoDisc(nn.Module):
         momentum_update(self.encoder, self.momentum_encoder, m)
         momentum_update(self.projector, self.momentum_projector, m)
 
+    @torch.no_grad()
+    def masks(self, images):
+        """Return the most important patches of images (n, 3, H, W): bool (n, N), for pictures."""
+        function, stored = IMPORTANCES[self.importance]
+        return location_mask(function(self.momentum_encoder(images, attention=stored)[1]),
+                             self.keep_ratio)
 
-# --- 6. From checkpoint to encoder -----------------------------------------------------------
+    def chance_levels(self, batch):
+        """Return {field: the loss of a branch whose features are all equal}, of `batch` images."""
+        level = 2 * 2 * self.temperature * math.log(batch)  # two views
+        return {"global_loss": level, "local_loss": level}
 
 
-def load_encoder(path, momentum: bool = False) -> VisionTransformer:
-    """The online (or momentum) encoder of a checkpoint that train.py wrote, in eval mode.
+# --- 6. Published weights --------------------------------------------------------------------
 
-    path: the checkpoint or the run's folder. The encoder's attributes mean, std and image_size
-    say what pictures it wants. Nothing in the file is executed. Raises FileNotFoundError, or
-    ValueError where the file is not such a checkpoint.
+FORMATS = (  # name; key in the file and prefix of the names, of the online and the momentum encoder
+    ("LoDisc", ("model", "encoder."), ("model", "momentum_encoder.")),
+    ("MoCo v3", ("state_dict", "base_encoder."), ("state_dict", "momentum_encoder.")),
+    ("DINO, student and teacher", ("student", "backbone."), ("teacher", "backbone.")),
+    *(("timm's or torchvision's names", (key, ""), None) for key in ("model", "state_dict", None)),
+)
+RENAMES = (  # torchvision's names to timm's
+    (r"^class_token", "cls_token"), (r"^conv_proj", "patch_embed.proj"),
+    (r"^encoder\.pos_embedding", "pos_embed"), (r"^encoder\.ln\.", "norm."),
+    (r"^encoder\.layers\.encoder_layer_", "blocks."), (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."), (r"\.self_attention\.out_proj", ".attn.proj"),
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."), (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
+)
+
+
+def read_weights(path):
+    """Read a torch.save file or a run's checkpoint.pt -> dict, executing nothing in it."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    require(path.is_file(), f"{path}: no such file; expected a checkpoint or weights", UserError)
+    try:  # DINO and DeiT store their options as a Namespace, which runs no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return {**torch.load(path, map_location="cpu", weights_only=True)}
+    except Exception as error:  # torch.load raises many types
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"contains {unsafe[1]}, which could run code" if unsafe else "cannot be read"
+        raise UserError(f"{path} {reason}; expected tensors that torch.save wrote") from None
+
+
+def resize_positions(positions: Tensor, side: int) -> Tensor:
+    """Interpolate (1, 1 + n * n, D) to (1, 1 + side * side, D): bicubic, antialiased."""
+    n = math.isqrt(positions.shape[1] - 1)
+    if n == side or n * n != positions.shape[1] - 1:  # no grid: load_encoder names the tensor
+        return positions
+    grid = rearrange(positions[:, 1:], "1 (rows columns) d -> 1 d rows columns", rows=n)
+    grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
+    patches = rearrange(grid, "1 d rows columns -> 1 (rows columns) d")
+    return torch.cat([positions[:, :1], patches], dim=1)
+
+
+def load_encoder(path, momentum=False, image_size=None) -> VisionTransformer:
+    """Build the encoder of a checkpoint or of published weights by its tensors, in eval mode.
+
+    path        a run's folder or checkpoint.pt; a file of `eval.py export`, MoCo v3, DINO, DINOv2
+                without registers, DeiT, timm or torchvision. Heads and projectors are left out
+    momentum    take the momentum (or teacher's) encoder
+    image_size  pixels per side, the file's by default; positions are interpolated
+    The result has `mean` and `std` of its input, `config` (this project's, else {}) and `source`,
+    one line on what was read. Raises UserError for another format and for tensors that do not fit.
     """
-    path = Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    prefix = "momentum_encoder." if momentum else "encoder."
+    contents = read_weights(path)
+    config = contents.get("config")
+    config = config if isinstance(config, dict) and "heads" in config else {}
+    for kind, online, other in FORMATS:
+        key, prefix = other if momentum and other else online
+        tensors = contents if key is None else contents.get(key)
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()
+                   if isinstance(tensor, Tensor)} if isinstance(tensors, dict) else {}
+        if any(prefix + token in tensors for token in ("cls_token", "class_token")):
+            break
+    else:
+        raise UserError(f"{path}: no ViT of a known format in it")
+    require(other or not momentum, f"{path} ({kind}) has no momentum encoder", UserError)
+    state, left_out = {}, set()
+    for name, tensor in tensors.items():
+        ours = name.removeprefix(prefix)
+        for pattern, replacement in RENAMES:
+            ours = re.sub(pattern, replacement, ours)
+        if not name.startswith(prefix) or re.match(r"heads?\.|mask_token$", ours):
+            left_out.add(ours.split(".")[0])
+        else:
+            state[ours] = tensor.float()
+    for name in [name for name in state if re.search(r"\.ls[12]\.gamma$", name)]:  # DINOv2
+        scale = state.pop(name)
+        layer = name[:-9] + ("attn.proj." if name.endswith("ls1.gamma") else "mlp.fc2.")
+        state[layer + "weight"] = scale[:, None] * state[layer + "weight"]
+        state[layer + "bias"] = scale * state[layer + "bias"]
+
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = checkpoint["config"]
-        encoder = create_vit(config["arch"], config["image_size"], config["patch_size"])
-        encoder.load_state_dict({name.removeprefix(prefix): tensor for name, tensor
-                                 in checkpoint["model"].items() if name.startswith(prefix)})
-        encoder.mean, encoder.std = tuple(config["mean"]), tuple(config["std"])
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at {path}") from None
-    except Exception as error:  # torch.load raises many kinds for a file that is something else
-        raise ValueError(f"{path} is not a checkpoint of train.py: {first_line(error)}") from None
+        dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
+        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+        heads = 12 if kind == "MoCo v3" and dim == 384 else dim // 64
+        require(config or dim % 64 == 0, f"the number of heads of width {dim} is unknown; give a "
+                "checkpoint.pt or a file of `eval.py export`")
+        native_size = patch_size * math.isqrt(state["pos_embed"].shape[1] - 1)
+        image_size = image_size or config.get("image_size", native_size)
+        with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
+            encoder = VisionTransformer(image_size, patch_size, dim, depth,
+                                        config.get("heads", heads), True, True)
+        state["pos_embed"] = resize_positions(state["pos_embed"], image_size // patch_size)
+        encoder.load_state_dict(state)
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())  # names missing, unexpected and misshapen tensors
+        raise UserError(f"{path} ({kind}) does not fit the encoder: {reason[:300]}") from None
+    encoder.mean, encoder.std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
+    encoder.config, left_out = config, ", ".join(sorted(left_out)) or "nothing"
+    encoder.source = f"{path}: {kind}{', momentum encoder' * momentum}; left out: {left_out}"
     return encoder.eval()

@@ -1,230 +1,311 @@
-"""Train LoDisc (or MoCo v3) and judge what was learnt.
+"""Train LoDisc, MoCo v3 (--method global) or a method of your own, and evaluate the encoder.
 
-    python train.py                            the embedded birds, a few minutes on a CPU
-    python train.py --data DIR                 a folder of pictures, see data/README.md
-    torchrun --nproc_per_node=8 train.py ...   a process for each of eight GPUs
-
-A run writes config.json, metrics.csv, checkpoint.pt, eval.json and run.png into its folder.
+    python train.py                              the drawn birds, a few minutes on a CPU
+    python train.py --data DIR                   a folder of images, see data/README.md
+    python train.py --data DIR --init WEIGHTS    adapt a published encoder to it
+    torchrun --nproc_per_node=8 train.py ...     one process per GPU
 """
 
 import argparse
+import ast
+import csv
+import itertools
+import json
 import math
 import os
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: idle threads do not spin
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.models import ViT_B_16_Weights
+from torchvision.transforms import v2
 
-from data.augment import Batches, Plain, TwoViews, mix_seed
+import data.augment as augment
 from data.datasets import NAMES, data_name, load_data
-from data.draw import draw_run
-from data.run import (COLUMNS, FILM, NEW_RUN, Progress, Stop, filmed, merge_json, new_folder,
-                      outlive_the_step, pick_device, read_run, save_checkpoint, unlearnt_loss,
-                      write_json, write_metrics)
-from data.weights import load_published
-from eval import RawPixels, evaluate, importance_of, one_line, table
+from data.draw import example_indices, run_sheet
+from eval import (LOADERS, MAIN_METRICS, RawPixels, build_method, evaluate, exit_with_line,
+                  pick_device, recipe_image_size, save_results, table)
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
-                    METHODS, LoDisc, create_vit, first_line, load_encoder, location_mask,
-                    momentum_schedule, require)
+                    METHODS, UserError, VisionTransformer, load_encoder, momentum_schedule,
+                    read_weights, require)
 
-# What stands where the command line leaves it open: for the birds, for a folder on a CPU (where
-# the epochs are those that show the encoder CPU_IMAGES pictures), for a folder on a GPU.
+# Defaults; "images": to see in all, in so many epochs at least. Unlike MoCo v3's (lr 1.5e-4 per 256
+# images, EMA from 0.99, 40 of 300 epochs of warm-up), they are for short runs of small batches. As
+# in MoCo v3, unlike DINO, weight decay applies to biases and norms too.
+NANO = dict(arch="vit_nano", image_size=48, patch_size=8, lr=4e-3, momentum=0.9, crop_min=0.08)
+INIT = dict(encoder_lr=2e-5, momentum=0.99, crop_min=0.2)  # warm-up: a sixth of all steps
 RECIPES = {
-    "synthetic": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=10, warmup_epochs=1,
-                      batch_size=128, lr=4e-3, momentum=0.9),
-    "cpu": dict(arch="vit_nano", image_size=48, patch_size=8, epochs=None, warmup_epochs=2,
-                batch_size=64, lr=4e-3, momentum=0.9),
-    "gpu": dict(arch="vit_small", image_size=224, patch_size=16, epochs=100, warmup_epochs=10,
-                batch_size=256, lr=1e-3, momentum=0.99),
+    "birds": dict(NANO, epochs=10, warmup_epochs=1, batch_size=128),
+    "scratch, CPU": dict(NANO, images=(50_000, 1), warmup_epochs=2, batch_size=64),
+    "scratch, GPU": dict(arch="vit_small", image_size=224, patch_size=16, lr=1e-3, momentum=0.99,
+                         crop_min=0.08, epochs=100, warmup_epochs=10, batch_size=256),
+    "init, CPU": dict(INIT, images=(6_500, 3), batch_size=64, lr=4e-3),
+    "init, GPU": dict(INIT, epochs=10, batch_size=256, lr=1e-3),
 }
-CPU_IMAGES = 50_000
-BF16_WIDTH = 192  # a CPU's bfloat16 pays from this width of the encoder on (README, Speed)
-CHECK_EVERY = 50  # steps between looks whether the loss is finite, for which a GPU has to wait
-
-
-# --- settings ---------------------------------------------------------------------------------
+META = "https://dl.fbaipublicfiles.com/"
+WEIGHTS = {  # name for --init: the publisher's address
+    "dino": META + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",  # ViT-S/16
+    "dinov2": META + "dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",  # ViT-S/14
+    "imagenet": ViT_B_16_Weights.IMAGENET1K_V1.url,  # ViT-B/16, trained with labels
+}
+MOVABLE = ("data", "data_root", "device", "workers", "init")  # settings that --resume may change
+BF16_WIDTH = 192  # on a CPU, bfloat16 pays from this width of the encoder on (README, Speed)
+NEW_RUN = "runs/<data>-<method>-<n>"
 
 
 def parse_args(argv=None):
-    """(settings given on the command line, defaults of all settings)."""
+    """Return (settings given on the command line, defaults of all settings)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      epilog="Recipes for a laptop and for the paper: README.md")
     defaults = {}
 
-    def add(flag, default, text, authors=None, **options):
-        shown = "by data and device" if default is None else default
+    def add(name, default, kind, text, authors=None):
+        options = {"type": kind} if callable(kind) else {"choices": list(kind)}
+        if kind in (bool, list):
+            options = {"action": "store_true" if kind is bool else "append"}
+        shown = "by data, device and --init" if default is None else default
         authors = f"; authors: {authors}" if authors else ""
-        parser.add_argument(flag, default=argparse.SUPPRESS,
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{text} (default: {shown}{authors})", **options)
-        defaults[flag[2:].replace("-", "_")] = default
+        defaults[name] = default
 
-    add("--data", "synthetic", f"{', '.join(NAMES)}, or a folder of pictures", type=data_name)
-    add("--data-root", "datasets", "where the named data sets lie", type=whole_path)
-    add("--download", False, "fetch a named data set whose source still answers",
-        action="store_true")
-    add("--method", "lodisc", "both losses, MoCo v3 alone or the local loss alone",
-        choices=METHODS)
-    add("--mask", "location", "which patches stay; all but the first are ablations",
-        choices=MASKS)
-    add("--importance", "product", "how the layers' attention becomes importance", "product",
-        choices=list(IMPORTANCES))
-    add("--local-input", "pixels", "other patches zeroed, or left out", "pixels",
-        choices=LOCAL_INPUTS)
-    add("--keep-ratio", 0.3, "share of patches that stay", "0.3", type=float)
-    add("--arch", None, "encoder", "vit_base", choices=list(ARCHITECTURES))
-    add("--image-size", None, "pixels a side", 224, type=int)
-    add("--patch-size", None, "pixels a side", 16, type=int)
-    add("--init", "none", "published weights: a file, or imagenet for torchvision's, with labels; "
-        "positions and patch projection then train", "imagenet", type=init_name)
-    add("--init-momentum", False, "take the file's momentum (or teacher's) encoder",
-        action="store_true")
-    add("--epochs", None, "passes over the pictures", 100, type=int)
-    add("--warmup-epochs", None, "of linearly rising learning rate", 0, type=int)
-    add("--batch-size", None, "images a step", 32, type=int)
-    add("--lr", None, "learning rate per 256 images", "1e-3 in an older README", type=float)
-    add("--weight-decay", 0.1, "AdamW's; MoCo v3: 0.1", 0.5, type=float)
-    add("--temperature", 0.2, "of the contrastive softmax", 0.2, type=float)
-    add("--momentum", None, "of the moving average at the start; 1 at the end", 0.99, type=float)
-    add("--crop-min", 0.08, "smallest share of a picture's area in a view", 0.08, type=float)
-    add("--seed", 0, "of weights, order, augmentation and random masks", type=int)
-    add("--workers", 2, "processes that load pictures; 0: none", type=int)
-    add("--device", "auto", "cuda, mps, cpu; auto: the first there is", "cuda")
-    add("--amp", "auto", "mixed precision; auto: bf16 or else fp16 on CUDA, bf16 on CPUs "
-        "that have it in hardware for all but vit_nano, else off",
-        choices=["auto", "bf16", "fp16", "off"])
-    add("--compile", False, "torch.compile for the encoders", action="store_true")
-    add("--out", NEW_RUN, "the run's folder, a new one")
-    add("--resume", "none", "go on with the run in this folder, by its settings")
+    add("data", "synthetic", data_name, f"{', '.join(NAMES)}, or a folder of images")
+    add("data_root", absolute("datasets"), absolute, "folder of the named data sets")
+    add("download", False, bool, "fetch a named data set that has a source")
+    add("held_out", False, bool, "evaluate on a fifth of the training images, held out from them")
+    add("method", "lodisc", absolute, f"{', '.join(METHODS)} (MoCo v3: global), or FILE.py:CLASS")
+    add("method_option", [], list, "NAME=VALUE for CLASS, repeatable")
+    add("mask", "location", MASKS, "which patches the local branch gets")
+    add("importance", "product", IMPORTANCES, "from the layers' attention", "product")
+    add("local_input", "pixels", LOCAL_INPUTS, "other patches set to zero, or left out", "pixels")
+    add("keep_ratio", 0.3, float, "fraction of patches kept", 0.3)
+    add("arch", None, ARCHITECTURES, "encoder", "vit_base")
+    add("image_size", None, int, "pixels per side", 224)
+    add("patch_size", None, int, "pixels per side", 16)
+    add("init", "none", absolute, f"weights file, or {', '.join(WEIGHTS)} (untested)", "imagenet")
+    add("init_momentum", False, bool, "take the file's momentum (or teacher's) encoder")
+    add("epochs", None, int, "passes over the images", 100)
+    add("warmup_epochs", None, float, "of linearly rising learning rate", 0)
+    add("batch_size", None, int, "images per step, over all processes", 32)
+    add("lr", None, float, "peak learning rate per 256 images", "1e-3 in an older README")
+    add("encoder_lr", None, float, "the encoder's peak at any batch size; from scratch the heads'")
+    add("weight_decay", 0.1, float, "AdamW's; MoCo v3: 0.1", 0.5)
+    add("temperature", 0.2, float, "of the contrastive softmax", 0.2)
+    add("momentum", None, float, "of the moving average at the start; 1 at the end", 0.99)
+    add("crop_min", None, float, "smallest fraction of an image's area in a view", 0.08)
+    add("seed", 0, int, "of weights, order, augmentation and random masks")
+    add("workers", max(2, LOADERS), int, "loading processes; 0: none")
+    add("device", "auto", str, "cuda, mps or cpu; auto: the accelerator, if any", "cuda")
+    add("amp", "auto", ("auto", "bf16", "fp16", "off"), "auto: bf16 (or fp16) on CUDA, and bf16 on "
+        "CPUs that have it in hardware, but for vit_nano")
+    add("compile", False, bool, "torch.compile for the encoders")
+    add("out", NEW_RUN, str, "the run's folder, a new one")
+    add("resume", "none", str, "continue the run in this folder, with its settings")
     return vars(parser.parse_args(argv)), defaults
 
 
-def init_name(text):
-    return text if text in ("none", "imagenet") else whole_path(text)
+def absolute(text):
+    """Return a folder, FILE or FILE.py:CLASS as it is found from anywhere; names stay."""
+    return text if text in ("none", *METHODS, *WEIGHTS) else str(Path(text).resolve())
 
 
-def whole_path(text):
-    return str(Path(text).resolve())
+def method_options(texts):
+    """["name=value", ...] -> {name: value}, Python literals or else text."""
+    options = dict(text.partition("=")[::2] for text in texts)
+    for name, value in options.items():
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass
+    return options
+
+
+def published_encoder(config):
+    """Return the encoder of --init at the run's image size; a name in WEIGHTS is fetched once."""
+    path = config["init"]
+    if url := WEIGHTS.get(path):
+        path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
+        try:  # the hash in a file's name, if any, is checked
+            torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
+                                               check_hash="-" in path.name)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"could not fetch {url} ({error}); download it and give the file's "
+                            "path to --init") from None
+    return load_encoder(path, config["init_momentum"], config["image_size"])
+
+
+def fill_defaults(config, device, num_images):
+    """Fill in what the command line left open, in place, and print what was chosen."""
+    config["method_options"] = method_options(config.pop("method_option"))
+    config["num_images"] = num_images
+    init, place = config["init"] != "none", "GPU" if device.type == "cuda" else "CPU"
+    kind = (f"init, {place}" if init else "birds" if config["data"] == "synthetic" else
+            f"scratch, {place}")
+    recipe = dict(RECIPES[kind])
+    config["mean"], config["std"] = list(IMAGENET_MEAN), list(IMAGENET_STD)
+    if init:
+        encoder = published_encoder(config | {"image_size": None})
+        print(f"weights of {encoder.source}")
+        sizes = dict(dim=encoder.dim, depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads)
+        arch = next((name for name, known in ARCHITECTURES.items() if known == sizes), "unnamed")
+        for name, found in (("arch", arch), ("patch_size", encoder.patch_size)):
+            require(config[name] in (None, found), f"--{name.replace('_', '-')} {config[name]} "
+                    f"disagrees with --init {config['init']}, which has {found}", UserError)
+            recipe[name] = found
+        recipe["image_size"] = recipe_image_size(encoder.patch_size, device)
+        config.update(sizes, mean=list(encoder.mean), std=list(encoder.std))
+    images, least = recipe.pop("images", (0, 1))
+    recipe.setdefault("epochs", max(least, min(200, round(images / num_images))))
+    batch_size = config["batch_size"] or min(recipe["batch_size"], num_images)
+    recipe["lr"] *= min(1, recipe["batch_size"] / batch_size)  # no peak above the recipe's
+    recipe["batch_size"] = batch_size
+    recipe.setdefault("warmup_epochs", round((config["epochs"] or recipe["epochs"]) / 6, 2))
+    chosen = {name: value for name, value in recipe.items() if config[name] is None}
+    config.update(chosen)
+    if config["encoder_lr"] is None:
+        config["encoder_lr"] = config["lr"] * batch_size / 256
+    if not init:
+        config.update(ARCHITECTURES[config["arch"]])  # dim, depth, heads
+    config["warmup_epochs"] = min(config["warmup_epochs"], config["epochs"])
+    config["hidden_dim"], config["output_dim"] = ((512, 128) if config["arch"] == "vit_nano" else
+                                                  (4096, 256))
+    if chosen and kind != "birds":
+        print(f"chosen ({kind}): " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
+
+
+def check_settings(config, processes):
+    """Raise UserError for a setting outside its range."""
+    least = dict(epochs=1, image_size=1, patch_size=1, batch_size=2 * processes, lr=0, encoder_lr=0,
+                 warmup_epochs=0, weight_decay=0, seed=0, workers=0, momentum=0, crop_min=0,
+                 temperature=1e-6, keep_ratio=1e-6)
+    most = dict(momentum=1, crop_min=1, keep_ratio=1, batch_size=config["num_images"])
+    steps = dict(image_size=config["patch_size"], batch_size=processes)
+    for name, low in least.items():
+        value, high, step = config[name], most.get(name, math.inf), steps.get(name)
+        require(low <= value <= high and not (step and value % step),
+                f"--{name.replace('_', '-')} must be in [{low}, {high}]"
+                + f" and a multiple of {step}" * bool(step) + f", got {value}", UserError)
+    require(config["method"] not in METHODS or not config["method_options"],
+            f"--method-option is for FILE.py:CLASS, not --method {config['method']}", UserError)
 
 
 def pick_precision(amp, device, width):
-    """The autocast dtype, or None for float32; width: the encoder's."""
+    """Return the autocast dtype, or None for float32; width: the encoder's."""
     if amp != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     if device.type == "cuda":
-        return (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False)
-                else torch.float16)
-    if device.type == "cpu" and width >= BF16_WIDTH:
-        has = getattr(torch.cpu, "get_capabilities", dict)()
-        return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else None
-    return None
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bf16 else torch.float16
+    has = torch.cpu.get_capabilities() if device.type == "cpu" and width >= BF16_WIDTH else {}
+    return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else None
 
 
-def settle(settings, device, num_images, processes):
-    """Fill in what the command line left open, and say what was chosen for a folder; check."""
-    require(num_images > 1, f"--data {settings['data']}: {num_images} training picture; two are "
-            "the least that can be told apart")
-    settings["mean"], settings["std"] = list(IMAGENET_MEAN), list(IMAGENET_STD)
-    on_birds = settings["data"] == "synthetic"
-    recipe = dict(RECIPES["synthetic" if on_birds else "gpu" if device.type == "cuda" else "cpu"])
-    if recipe["epochs"] is None:
-        recipe["epochs"] = max(1, min(200, round(CPU_IMAGES / num_images)))
-    recipe["batch_size"] = min(recipe["batch_size"], num_images)
-    chosen = {name: value for name, value in recipe.items() if settings[name] is None}
-    settings.update(chosen)
-    settings["warmup_epochs"] = min(settings["warmup_epochs"], settings["epochs"])
-    if chosen and not on_birds:
-        print("chosen: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
-    for name, least in (("epochs", 1), ("warmup_epochs", 0), ("batch_size", 2), ("lr", 0),
-                        ("weight_decay", 0), ("seed", 0), ("workers", 0)):
-        require(settings[name] >= least, f"--{name.replace('_', '-')} must be {least} or more, "
-                f"got {settings[name]}")
-    for name in ("momentum", "crop_min"):
-        require(0 <= settings[name] <= 1, f"--{name.replace('_', '-')} must be in [0, 1], "
-                f"got {settings[name]}")
-    require(settings["batch_size"] <= num_images, f"--batch-size {settings['batch_size']} is more "
-            f"than the {num_images} training pictures; give a smaller one")
-    require(settings["batch_size"] % processes == 0 and settings["batch_size"] >= 2 * processes,
-            f"--batch-size {settings['batch_size']} must divide among {processes} processes, two "
-            "images or more for each")
-
-
-# --- several processes ------------------------------------------------------------------------
-
-
-def join_processes(device):
-    """(rank, number) of this process among those that torchrun started; alone it is 0 of 1.
-
-    Only rank 0 prints and writes.
-    """
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # gloo on CUDA too, beside NCCL: for what the processes agree on without waiting for the GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-    return dist.get_rank(), dist.get_world_size()
-
-
-@contextmanager
-def rank_0_first(rank):
-    """What may download or unpack is done by one process, before the others find it done."""
-    if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-
-
-def distribute(model, device):
-    """The model whose backward averages the gradients over all processes."""
-    if not dist.is_initialized():
-        return model
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its BatchNorms, in place
-    else:
-        print("on a CPU, the heads' BatchNorm sees each process's share of the batch by itself")
-    return nn.parallel.DistributedDataParallel(model)
-
-
-# --- the run ----------------------------------------------------------------------------------
-
-
-def build_model(settings):
-    """The model before training; a function of the settings alone."""
-    torch.manual_seed(settings["seed"])
-    init = settings["init"] != "none"
-    encoder = create_vit(settings["arch"], settings["image_size"], settings["patch_size"],
-                         learned_positions=init, train_projection=init)
-    if init:
-        print(load_published(encoder, settings["init"], settings["init_momentum"]))
-    nano = settings["arch"] == "vit_nano"
-    return LoDisc(encoder, settings["method"], settings["mask"], settings["importance"],
-                  settings["local_input"], settings["keep_ratio"], settings["temperature"],
-                  hidden_dim=512 if nano else 4096, output_dim=128 if nano else 256)
-
-
-def build_optimizer(model, settings):
-    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), fused=True,
-                             lr=settings["lr"], weight_decay=settings["weight_decay"])
-
-
-def compile_encoders(model, device):
-    """torch.compile, in place, for the passes that cost; without a compiler for it, as they are."""
+def new_folder(out, config):
+    """Make the run's folder, which must not exist."""
+    stem = f"{Path(config['data']).name}-{config['method'].split(':')[-1]}"
+    numbered = (Path("runs", f"{stem}-{n}") for n in itertools.count(1))
+    folder = Path(out) if out != NEW_RUN else next(path for path in numbered if not path.exists())
     try:
-        torch.compile(torch.sin)(torch.ones(8, device=device))
-    except Exception as error:  # torch has no one class for what is missing
-        return print(f"--compile: going on without it: {first_line(error)}")
-    model.encoder.compile()
-    model.momentum_encoder.compile()
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}; give another, or --resume it") from None
+    return folder
+
+
+def save_checkpoint(folder, **contents):
+    """Write beside the old checkpoint, then swap, so that one whole file is always there."""
+    path, part, history = folder / "checkpoint.pt", folder / "checkpoint.tmp", contents["history"]
+    try:
+        torch.save(contents, part)
+        os.replace(part, path)
+        with open(folder / "metrics.csv", "w", newline="") as file:
+            csv.writer(file).writerows(history[:1] + [row.values() for row in history])
+    except (RuntimeError, OSError) as error:  # for a full disk, torch raises RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written, is the disk full? ({error})") from None
+
+
+def read_run(folder, given):
+    """Return a run's checkpoint; given settings must be its own, or such that may change."""
+    checkpoint = read_weights(folder)
+    config = checkpoint.get("config", {})
+    require("num_images" in config, f"--resume {folder}: not a run's checkpoint", UserError)
+    same_class = given.get("method", "").split(":")[-1] == config["method"].split(":")[-1]
+    movable = (*MOVABLE, "method") if same_class else MOVABLE
+    odd = [name for name in given if name not in (*movable, "resume", "download")
+           and config.get(name) != given[name]]
+    require(not odd, f"--resume {folder}: the run has other settings for {', '.join(odd)}; leave "
+            "them out, or start a new run", UserError)
+    config.update({name: given[name] for name in movable if name in given})
+    return checkpoint
+
+
+class Log:
+    """Mean losses of an epoch, printed at its end and every half minute."""
+
+    def __init__(self, epoch, epochs, steps, batch_size):
+        self.epoch, self.epochs, self.steps, self.batch_size = epoch, epochs, steps, batch_size
+        self.sums = self.done = self.skipped = 0
+        self.begun = self.shown = time.monotonic()
+
+    def add(self, output, skipped, lr, m):
+        """Count a step's losses, unless the fp16 scaler skipped it."""
+        self.names = [name for name in output._fields if name != "masks"]
+        losses = torch.stack([getattr(output, name).detach() for name in self.names])
+        self.sums = self.sums + (torch.zeros_like(losses) if skipped else losses)
+        self.done, self.skipped, self.lr, self.m = self.done + 1, self.skipped + skipped, lr, m
+        if self.done == self.steps or time.monotonic() - self.shown > 30:
+            self.shown, row = time.monotonic(), self.row()  # waits for the device
+            left = row["seconds"] * (self.steps / self.done * (self.epochs - self.epoch) - 1)
+            values = "  ".join(f"{name} {row[name]:.4g}" for name in list(row)[1:-1])
+            print(f"epoch {self.epoch + 1}/{self.epochs}  {values}  {left / 60:.1f} min left",
+                  flush=True)
+
+    def row(self):
+        """Return the row of metrics.csv, so far."""
+        means = (self.sums / (self.done - self.skipped)).tolist()
+        seconds = time.monotonic() - self.begun
+        return {"epoch": self.epoch + 1, "step": self.epoch * self.steps + self.done,
+                **dict(zip(self.names, means)), "lr": self.lr, "momentum": self.m,
+                "images_per_second": self.done * self.batch_size / seconds, "seconds": seconds}
+
+    def end_epoch(self, model):
+        """Return the epoch's row, over all processes; raise UserError if training diverged."""
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+            self.sums /= dist.get_world_size()
+        row = self.row()
+        for what, tensors in (("loss", [self.sums]), ("model", model.state_dict().values())):
+            require(all(bool(tensor.isfinite().all()) for tensor in tensors), f"the {what} is not "
+                    f"finite after step {row['step']}, learning rate {self.lr:.1e}: lower --lr or "
+                    f"--encoder-lr; the checkpoint is of step {self.epoch * self.steps}", UserError)
+        if self.skipped:
+            print(f"the fp16 scaler skipped {self.skipped} of {self.steps} steps")
+        return row
+
+
+def build_model(config, fresh=True):
+    """Return the model before training, or with fresh=False without reading the file of --init."""
+    torch.manual_seed(config["seed"])
+    init = config["init"] != "none"
+    sizes = (config[name] for name in ("image_size", "patch_size", "dim", "depth", "heads"))
+    encoder = (published_encoder(config) if init and fresh else
+               VisionTransformer(*sizes, learned_positions=init, train_projection=init))
+    return build_method(config, encoder)
+
+
+def build_optimizer(model, config):
+    """AdamW with two groups, heads and encoder, each with its peak learning rate."""
+    peaks = config["lr"] * config["batch_size"] / 256, config["encoder_lr"]
+    groups = [{"params": [parameter for name, parameter in model.named_parameters() if
+                          parameter.requires_grad and name.startswith("encoder.") == inside],
+               "peak": peak} for inside, peak in enumerate(peaks)]
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=config["weight_decay"], fused=True)
 
 
 def learning_rate(step, warmup, total, peak):
@@ -234,187 +315,166 @@ def learning_rate(step, warmup, total, peak):
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
+def train_step(model, parallel, optimizer, scaler, precision, views, generator, progress, m):
+    """One step of the algorithm -> (the method's output, whether the fp16 scaler skipped it).
+
+    The momentum side moves after the optimiser's step, in MoCo v3's code before its forward."""
+    with torch.autocast(views[0].device.type, precision, enabled=precision is not None):
+        output = parallel(*views, generator, progress)
+    optimizer.zero_grad()
+    scale = scaler.get_scale()
+    scaler.scale(output.total).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    model.update_momentum(m)
+    return output, scaler.get_scale() < scale
+
+
 @torch.no_grad()
-def pivotal_masks(model, pictures):
-    """Where the momentum encoder looks now: pictures (n, 3, H, W) -> bool (n, N) on the CPU."""
+def shown_masks(model, examples, epoch):
+    """Return [(epoch, the method's masks of example images (n, N))], or [] if it has none."""
     with torch.compiler.set_stance("force_eager"):  # compiling again for these few does not pay
-        importance = importance_of(model.momentum_encoder, pictures, model.importance)
-    return location_mask(importance, model.keep_ratio, check=False)
+        masks = model.masks(examples)
+    return [] if masks is None else [(epoch, masks.cpu())]
 
 
-def train(model, settings, data, folder, device, stop, checkpoint=None, rank=0, processes=1):
-    """The training loop; changes model in place. Whether it came to its end, or was stopped."""
+def train(model, config, data, folder, device, checkpoint=None, rank=0, processes=1):
+    """Train the model on the device; return the history, a row per epoch, and the film of masks."""
     model.to(device)
-    parallel = distribute(model, device)
-    optimizer = build_optimizer(model, settings)
-    precision = pick_precision(settings["amp"], device, model.encoder.dim)
-    print(f"precision: {precision or torch.float32}".replace("torch.", ""))
-    if settings["compile"]:
-        compile_encoders(model, device)
+    if processes > 1 and device.type == "cuda":  # on a CPU BatchNorm sees each process's share
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its BatchNorms, in place
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
+    optimizer = build_optimizer(model, config)
+    precision = pick_precision(config["amp"], device, model.encoder.dim)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    print(f"precision: {precision or torch.float32}".replace("torch.", ""))
+    if config["compile"]:  # the expensive passes
+        model.encoder.compile(), model.momentum_encoder.compile()
 
-    crop = settings["image_size"], settings["mean"], settings["std"]
-    plain = Plain(data.train, *crop)
-    pictures = torch.stack([plain[i][0] for i in filmed(len(plain))]).to(device)
-    moments = {round(i * settings["epochs"] / (FILM - 1)) for i in range(FILM)}  # in epochs
-    epochs, steps = settings["epochs"], len(data.train) // settings["batch_size"]  # of an epoch
-    total, warmup = steps * epochs, steps * settings["warmup_epochs"]
-    peak = settings["lr"] * settings["batch_size"] / 256
-    step, history, losses = 0, [], torch.zeros(3, device=device)  # losses: summed over an epoch
-    if checkpoint is None:
-        film = [(0, pivotal_masks(model, pictures))]
-    else:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # empty, where the run began without one
-            scaler.load_state_dict(checkpoint["scaler"])
+    crop, seed = (config["image_size"], config["mean"], config["std"]), config["seed"]
+    views = augment.TwoViews(data.train, *crop, seed, config["crop_min"])
+    # batches have the same images for any number of processes, each of which takes its share
+    batches = augment.Batches(len(data.train), config["batch_size"], seed, rank, processes)
+    generator = torch.Generator()  # of the random and block masks, seeded at each step
+    loader = DataLoader(views, batch_sampler=batches, num_workers=config["workers"],
+                        generator=torch.Generator(),  # so that it leaves torch's own alone
+                        pin_memory=device.type == "cuda", persistent_workers=config["workers"] > 0)
+    epochs, steps = config["epochs"], len(batches)
+    total, warmup = epochs * steps, round(steps * config["warmup_epochs"])
+    plain = augment.Plain(data.train, *crop)
+    examples = torch.stack([plain[i][0] for i in example_indices(len(plain))]).to(device)
+    step, history, film = 0, [], shown_masks(model, examples, 0)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    if checkpoint:
         step, history, film = (checkpoint[name] for name in ("step", "history", "film"))
-        losses += checkpoint["losses"].to(device)
-        # every draw here is seeded by its step or sample; this is for what a fork may add
-        torch.set_rng_state(checkpoint["random"])
-        if device.type == "cuda" and checkpoint["cuda_random"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_random"], device)
-        if rank == 0:
-            write_metrics(folder / "metrics.csv", history)  # cut back to the checkpoint
+        for name in parts:
+            if checkpoint[name]:  # the scaler's is empty if the run had none
+                parts[name].load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["random"])  # all draws here have own seeds: for a fork's
 
-    # batches hold the same pictures for any number of processes, each of which takes its share
-    batches = Batches(len(data.train), settings["batch_size"], settings["seed"], step, total, rank,
-                      processes)
-    views = TwoViews(data.train, *crop, settings["seed"], settings["crop_min"])
-    generator = torch.Generator()  # of the random and block masks, seeded anew each step
-    loader = DataLoader(views, batch_sampler=batches, num_workers=settings["workers"],
-                        generator=generator,  # so that it leaves torch's own alone
-                        pin_memory=device.type == "cuda", worker_init_fn=outlive_the_step)
-    progress = Progress(epochs, steps, settings["batch_size"], step)
-    print(f"a branch that has learnt nothing has a loss of {unlearnt_loss(settings):.3f}; from "
-          "there it should fall")
+    def save():
+        if rank == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_checkpoint(folder, config=config, step=step, history=history, film=film,
+                            random=torch.get_rng_state(), **states)
+
+    save()
     model.train()
-    begun, started = step, time.monotonic()
-    for view1, view2 in loader:
-        epoch = step // steps
-        lr = learning_rate(step, warmup, total, peak)
-        momentum = momentum_schedule(step, total, settings["momentum"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        generator.manual_seed(mix_seed(settings["seed"], step, rank))
-
-        view1 = view1.to(device, non_blocking=True)
-        view2 = view2.to(device, non_blocking=True)
-        with torch.autocast(device.type, precision, enabled=precision is not None):
-            output = parallel(view1, view2, generator)
-        optimizer.zero_grad()
-        scaler.scale(output.total).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        model.update_momentum(momentum)
-
-        losses += torch.stack(output[:3]).detach()
-        step += 1
-        progress(epoch, step, lambda: (losses[1:] / (step - epoch * steps)).tolist(), lr, momentum)
-        if step % CHECK_EVERY == 0:
-            check_finite(losses, step, lr, folder)
-        epoch_ends = step % steps == 0
-        stopping = stop.agree()
-        if not (stopping or epoch_ends):
-            continue
-
-        if dist.is_initialized():
-            dist.all_reduce(losses)
-            losses /= processes
-        check_finite(losses, step, lr, folder)
-        if epoch_ends:
-            seconds = time.monotonic() - started
-            history.append(dict(zip(COLUMNS, (
-                epoch + 1, step, *(losses / steps).tolist(), lr, momentum,
-                (step - begun) * settings["batch_size"] / seconds, seconds))))
-            losses.zero_()
-            if epoch + 1 in moments:
-                film.append((step, pivotal_masks(model, pictures)))
-        if rank == 0:
-            write_metrics(folder / "metrics.csv", history)
-            save_checkpoint(folder / "checkpoint.pt", config=settings, model=model.state_dict(),
-                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                            step=step, history=history, film=film, losses=losses,
-                            random=torch.get_rng_state(), cuda_random=torch.cuda.get_rng_state(
-                                device) if device.type == "cuda" else None)
-        if stopping:
-            return False
-        begun, started = step, time.monotonic()
-    return True
+    for epoch in range(step // steps, epochs):
+        batches.epoch, log = epoch, Log(epoch, epochs, steps, config["batch_size"])
+        for view1, view2 in loader:
+            m = momentum_schedule(step, total, config["momentum"])
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, warmup, total, group["peak"])
+            generator.manual_seed(augment.mix_seed(augment.MASKS, seed, step, rank))
+            views = [view.to(device, non_blocking=True) for view in (view1, view2)]
+            output, skipped = train_step(model, parallel, optimizer, scaler, precision, views,
+                                         generator, step / total, m)
+            step += 1
+            log.add(output, skipped, optimizer.param_groups[0]["lr"], m)
+        history.append(log.end_epoch(model))
+        film += shown_masks(model, examples, epoch + 1)
+        save()
+    return history, film
 
 
-def check_finite(losses, step, lr, folder):
-    require(bool(losses.isfinite().all()), f"the loss is not finite by step {step}, learning rate "
-            f"{lr:.1e}: try a lower --lr or a longer --warmup-epochs; the checkpoint"
-            f"{f' in {folder}' if folder else ''}, if any, is from before")
-
-
-def judge(settings, data, folder, device):
-    """Raw pixels, the encoder before and after training, evaluated the same way, side by side."""
-    if data.test is None:
-        return print(f"not evaluated: {data.note}")
-    print("judging raw pixels and the encoder before and after; the training is saved, --resume "
-          f"{folder} does this part again")
-    crop = settings["image_size"], settings["mean"], settings["std"]
-    before = "untrained" if settings["init"] == "none" else "initial"
-    encoders = {"raw pixels": RawPixels(), before: build_model(settings).encoder,
-                "trained": load_encoder(folder)}
-    rows = evaluate(encoders, data, crop, "all", device, settings["workers"], settings["seed"])
-    merge_json(folder / "eval.json", {**rows["trained"], before: rows[before],
-                                      "pixels": rows["raw pixels"]})
+def evaluate_run(config, data, folder, device):
+    """Evaluate raw pixels and the encoder before and after training alike, and print the table."""
+    print("evaluating raw pixels and the encoder before and after training")
+    before = "untrained" if config["init"] == "none" else "initial"
+    encoders = {"raw pixels": RawPixels()}
+    try:
+        encoders[before] = build_model(config).encoder
+    except UserError as error:
+        print(f"no row for the initial weights: {error}")
+    encoders["trained"] = load_encoder(folder)
+    rows = evaluate(encoders, data, [config[name] for name in ("image_size", "mean", "std")], "all",
+                    device, config["workers"], config["seed"])
     print(table(rows))
+    others = {"pixels" if name == "raw pixels" else name: rows[name] for name in list(rows)[:-1]}
+    save_results(folder, rows["trained"] | others)
+    return rows
+
+
+def draw_run(config, levels, history, film, rows, dataset):
+    """Return run.png as an image; levels {loss: chance level}; rows: evaluate_run's, or {}."""
+    metrics = {row: {name: results[part][key] for name, (part, key) in MAIN_METRICS.items()
+                     if part in results} for row, results in rows.items()}
+    crop = v2.Compose(augment.plain_crop(config["image_size"]))
+    images = [crop(dataset[i][0]) for i in example_indices(len(dataset))]
+    return run_sheet(history, levels, metrics, images, film)
 
 
 def main(argv=None):
     given, defaults = parse_args(argv)
-    settings = {**defaults, **given}
-    resume, out = settings.pop("resume"), settings.pop("out")
-    settings["data_root"], download = whole_path(settings["data_root"]), settings.pop("download")
-    folder, checkpoint = None, None
+    config = {**defaults, **given}
+    resume, out, download = (config.pop(name) for name in ("resume", "out", "download"))
+    folder, checkpoint = Path(resume), None
     if resume != "none":
-        folder = Path(resume)
-        stored, checkpoint = read_run(folder, given)
-        settings = {**settings, **stored,
-                    **{name: given[name] for name in ("device", "workers") if name in given}}
-    device = pick_device(settings["device"])
-    rank, processes = join_processes(device)
-    with rank_0_first(rank):
-        data = load_data(settings["data"], settings["data_root"], download)
-        settle(settings, device, len(data.train), processes)
-        model = build_model(settings)
-    if folder is None and rank == 0:
-        folder = new_folder(out, settings)
-        write_json(folder / "config.json", settings)
-    print(f"{settings['method']} on {len(data.train)} pictures of {settings['data']}, "
-          f"{settings['arch']} at {settings['image_size']} px, on {device}"
-          + (f" in {processes} processes" if processes > 1 else "") + f", into {folder}")
-    if data.test is None:
-        print(f"will not be evaluated: {data.note}")
-    try:
-        with Stop() as stop:
-            finished = train(model, settings, data, folder, device, stop, checkpoint, rank,
-                             processes)
-    except RuntimeError as error:  # torch has a class for a GPU's memory, none for a CPU's
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        raise ValueError(f"out of memory at --batch-size {settings['batch_size']} and --image-size "
-                         f"{settings['image_size']}: give a smaller one") from None
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if not finished:
-        launcher = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
-        sys.exit(1 if rank > 0 else
-                 f"\nstopped and saved; go on with: {launcher} train.py --resume {folder}")
+        folder = folder.parent if folder.suffix == ".pt" else folder
+        checkpoint = read_run(folder, given)
+        config = checkpoint["config"]
+    device = pick_device(config["device"])
+    rank, processes = 0, 1
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        rank, processes = dist.get_rank(), dist.get_world_size()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+        dist.barrier()  # rank 0 downloads and unpacks before the others look
+    data = load_data(config["data"], config["data_root"], download, config["held_out"])
+    if not checkpoint:
+        fill_defaults(config, device, len(data.train))
+    require(config["num_images"] == len(data.train) > 1, f"--data {config['data']}: expected "
+            f"{max(2, config['num_images'])} training images, got {len(data.train)}", UserError)
+    check_settings(config, processes)
+    model = build_model(config, fresh=not checkpoint)
     if rank == 0:
-        judge(settings, data, folder, device)
-        draw_run(folder, data.train)
-        print(f"drawn: {folder / 'run.png'}")
+        if processes > 1:
+            dist.barrier()
+        folder = folder if checkpoint else new_folder(out, config)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    print("{method} on {num_images} images of {data}, {arch} at {image_size} px,".format(**config),
+          f"on {device} x {processes}, into {folder}"
+          + f"\nwill not be evaluated: {data.note}" * (data.test is None))
+    levels = getattr(model, "chance_levels", lambda batch: {})(config["batch_size"])
+    print("chance level: " + ", ".join(f"{name} {level:.3f}" for name, level in levels.items()))
+    try:
+        history, film = train(model, config, data, folder, device, checkpoint, rank, processes)
+        if processes > 1:
+            dist.destroy_process_group()
+        if rank == 0:
+            rows = evaluate_run(config, data, folder, device) if data.test else {}
+            draw_run(config, levels, history, film, rows, data.train).save(folder / "run.png")
+            print(f"wrote {folder / 'run.png'}")
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; continue by python train.py --resume {folder}") from None
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, KeyboardInterrupt) as error:  # for people: one line, no traceback
-        print(f"train.py: {one_line(error)}", file=sys.stderr)
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(2)  # not sys.exit, which waits for loading processes; they follow by themselves
+    except UserError as error:
+        exit_with_line("train.py", error)

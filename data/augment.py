@@ -1,4 +1,4 @@
-"""Two seeded augmentations of a picture for training, one plain crop of it for evaluation."""
+"""Two seeded augmentations of an image for training, one plain crop of it for evaluation."""
 
 import numpy as np
 import torch
@@ -6,9 +6,11 @@ from PIL import ImageFilter
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
+ORDER, AUGMENTATION, MASKS = range(3)  # what a seed is for: no two purposes share a stream
+
 
 def mix_seed(*numbers):
-    """One well-mixed seed from several whole numbers, the same on every machine."""
+    """Mix whole numbers, the purpose first, into one seed, the same on every machine."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -18,9 +20,7 @@ def to_tensor(mean, std):
 
 
 class Blur(v2.Transform):
-    """Gaussian blur of a PIL image by Pillow, as in SimCLR and MoCo v3: a fifth to two fifths of
-    the whole augmentation's time less than torchvision's. The sigma is drawn between two, in px.
-    """
+    """Gaussian blur by Pillow, faster than torchvision's; sigma drawn between two, in px."""
 
     def __init__(self, low, high):
         super().__init__()
@@ -36,10 +36,9 @@ class Blur(v2.Transform):
 def view_transform(image_size, mean, std, crop_min, blur, solarise):
     """One side of BYOL's asymmetric pair (Grill et al. 2020, appendix B; MoCo v3).
 
-    crop_min: smallest share of the picture's area that a crop takes. blur and solarise are
-    probabilities: 1.0 and 0.0 for the first view, 0.1 and 0.2 for the second. The blur's sigma is
-    0.1 to 2.0 px at 224 px, in proportion at other sizes.
-    """
+    crop_min: smallest fraction of the image's area in a crop. blur and solarise: probabilities,
+    1.0 and 0.0 for the first view, 0.1 and 0.2 for the second. The blur's sigma is 0.1 to 2.0 px
+    at 224 px and proportional to the size: at 48 px, 0.43 px at most, it hardly blurs."""
     ratio = image_size / 224
     return v2.Compose([
         v2.RandomResizedCrop(image_size, scale=(crop_min, 1.0)),
@@ -58,55 +57,42 @@ def plain_crop(image_size, interpolation=InterpolationMode.BILINEAR):
 
 
 class TwoViews(Dataset):
-    """(view 1, view 2) of a data set's images, asked for by (epoch, index).
+    """(view 1, view 2) of a data set's images, indexed by (epoch, index).
 
-    A sample's augmentation is a function of (seed, epoch, index) alone, so neither the order nor
-    the number of workers changes it.
-    """
+    A sample's augmentation depends on (seed, epoch, index), not on order or workers."""
 
     def __init__(self, dataset, image_size, mean, std, seed, crop_min=0.08):
         self.dataset, self.seed = dataset, seed
         self.view1 = view_transform(image_size, mean, std, crop_min, blur=1.0, solarise=0.0)
         self.view2 = view_transform(image_size, mean, std, crop_min, blur=0.1, solarise=0.2)
 
-    def __len__(self):
-        return len(self.dataset)
-
     def __getitem__(self, epoch_and_index):
         epoch, index = epoch_and_index
         image = self.dataset[index][0]
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
-            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(mix_seed(AUGMENTATION, self.seed, epoch, index))
             return self.view1(image), self.view2(image)
 
 
 class Batches(Sampler):
-    """Batches of (epoch, index) pairs, from one step of a run to its end, epoch after epoch.
+    """Batches of (epoch, index) pairs of the epoch that the attribute `epoch` says.
 
-    The order is seeded by (seed, epoch); what does not fill a batch at an epoch's end is left out.
-    Of each batch a process yields its own share: rank 0 the first part, and so on. One iteration
-    for the whole run, so that the loading processes never wait for an epoch's end.
-    """
+    The order is seeded by (seed, epoch); an incomplete last batch is left out. Of each batch a
+    process takes its own share: rank 0 the first part, and so on."""
 
-    def __init__(self, length, batch_size, seed, first=0, last=None, rank=0, processes=1):
-        """length: of the data set; first, last: steps from the run's beginning."""
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+    def __init__(self, length, batch_size, seed, rank=0, processes=1):
+        self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 0
         self.rank, self.share = rank, batch_size // processes
-        self.steps = range(first, length // batch_size if last is None else last)
 
     def __len__(self):
-        return len(self.steps)
+        return self.length // self.batch_size
 
     def __iter__(self):
-        drawn = None
-        for step in self.steps:
-            epoch, batch = divmod(step, self.length // self.batch_size)
-            if epoch != drawn:
-                generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-                order = torch.randperm(self.length, generator=generator).tolist()
-                drawn = epoch
+        generator = torch.Generator().manual_seed(mix_seed(ORDER, self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        for batch in range(len(self)):
             start = batch * self.batch_size + self.rank * self.share
-            yield [(epoch, index) for index in order[start:start + self.share]]
+            yield [(self.epoch, index) for index in order[start:start + self.share]]
 
 
 class Plain(Dataset):

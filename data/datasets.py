@@ -1,122 +1,203 @@
-"""The data sets by name: the embedded birds, those of the paper, or any folder of pictures."""
+"""Data sets by name (the drawn birds, flowers17, those of the paper) and folders of images."""
 
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import Dataset, Subset
 from torchvision.datasets import Caltech101, FGVCAircraft, ImageFolder, StanfordCars
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import download_and_extract_archive
 
-from data.birds import Birds
-from data.cub import CUB
-from data.pictures import Pictures, open_picture
-from lodisc import first_line
+from data.birds import BIRD, GROUND, Birds
+from lodisc import UserError, require
 
 TRAIN_BIRDS, TEST_BIRDS = 2000, 1000
-CALTECH_TRAIN = 30  # pictures of a class, the usual protocol
-SMALL = 32 * 2**20  # bytes on disk: a training set up to this stays decoded in memory
+CALTECH_TRAIN = 30  # images per class, the usual protocol
+SMALL = 32 * 2**20  # bytes of files: up to this size a data set stays decoded in memory
+CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+CUB_MD5 = "97eceeb196236b17998738112f37df78"
 
 
 class Data(NamedTuple):
-    """Data sets of (RGB image, class). Where test is None, `note` says why nothing is evaluated."""
+    """Data sets of (RGB image, class). If test is None, `note` says why nothing is evaluated."""
 
     train: Dataset
     test: Dataset | None
     note: str = ""
 
 
+# --- image files and folders ------------------------------------------------------------------
+
+
+def open_image(path):
+    """Return a file's RGB image: upright by its EXIF note, 16-bit grey scaled to 8 bits.
+
+    Raises UserError, one line with the path, for a file that is broken or no image."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits at 255
+                levels = np.asarray(image).astype(np.uint32) >> 8
+                image = Image.fromarray(levels.astype(np.uint8))
+            if "transparency" in image.info:
+                image = image.convert("RGBA")
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is no readable image ({reason}); repair or remove it") from None
+
+
 @lru_cache(maxsize=None)
 def read_once(path):
-    """open_picture with a memory: decoding costs about as much as the augmentation does."""
-    return open_picture(path)
+    """open_image with a cache: decoding costs about as much as the augmentation."""
+    return open_image(path)
+
+
+class Images(Dataset):
+    """(RGB image, class) of a list of paths."""
+
+    def __init__(self, paths, targets, classes):
+        self.paths, self.targets, self.classes = paths, targets, classes
+        small = sum(Path(path).stat().st_size for path in paths) <= SMALL
+        self.loader = read_once if small else open_image
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return self.loader(self.paths[index]), self.targets[index]
 
 
 class FlatFolder(ImageFolder):
-    """Every picture below a folder, however deep, as one class: for training without labels."""
+    """Every image below a folder as one class: for training without labels."""
 
     def find_classes(self, directory):
         return [""], {"": 0}
 
 
-def folders_of_pictures(root):
-    """Whether pictures stand in class folders, with none of them loose beside these."""
+def has_class_folders(root):
+    """Whether images are in class folders, with none of them loose beside these."""
     entries = list(root.iterdir())
     loose = any(entry.suffix.lower() in IMG_EXTENSIONS for entry in entries)
     return any(entry.is_dir() for entry in entries) and not loose
 
 
 def load_folder(root):
-    """A folder in torchvision's ImageFolder layout, or with fewer folders than that.
+    """Read a folder in torchvision's ImageFolder layout, or with fewer folders than that.
 
     root/train/<class>/*.jpg with root/test/ or root/val/ alike: trained on and evaluated.
-    Without labels or without a split: trained on, and the note says what evaluation lacks.
-    """
+    Without labels or without a split: trained on, and the note says what evaluation lacks."""
     root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"--data {root}: no such folder; give 'synthetic' or a folder with train/ "
-                         "and test/, see data/README.md")
+    require(root.is_dir(), f"--data {root}: no such folder; expected {', '.join(NAMES)}, or a "
+            "folder with train/ and test/, see data/README.md", UserError)
     train = root / "train" if (root / "train").is_dir() else root
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    labelled = train != root and test and all(map(has_class_folders, (train, test)))
     try:
-        labelled = all(split is not None and split != root and folders_of_pictures(split)
-                       for split in (train, test))
-        pictures = (ImageFolder if labelled else FlatFolder)(train, loader=open_picture)
-        if sum(Path(path).stat().st_size for path, _ in pictures.samples) <= SMALL:
-            pictures.loader = read_once
-        if not labelled:
-            return Data(pictures, None, f"{root} has no train/ and test/ (or val/) with a folder "
-                        "for each class: training without evaluation (layout: data/README.md)")
-        data = Data(pictures, ImageFolder(test, loader=open_picture))
-    except FileNotFoundError as error:  # torchvision's word for a folder without pictures
-        raise ValueError(f"--data {root}: {first_line(error)}") from None
-    if data.train.classes != data.test.classes:
-        odd = sorted(set(data.train.classes) ^ set(data.test.classes))
-        raise ValueError(f"--data {root}: train/ and {test.name}/ must have the same classes, "
-                         f"these stand in one of them only: {', '.join(odd[:5])}")
-    return data
+        found = [ImageFolder(train), ImageFolder(test)] if labelled else [FlatFolder(train)]
+    except FileNotFoundError as error:  # torchvision's error for a folder without images
+        raise UserError(f"--data {root}: {str(error).splitlines()[0]}") from None
+    sets = [Images([path for path, _ in split.samples], split.targets, split.classes)
+            for split in found]
+    if not labelled:
+        return Data(*sets, None, f"{root} has no train/ and test/ (or val/) with a folder for each "
+                    "class: training without evaluation (layout: data/README.md)")
+    odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))
+    require(not odd, f"--data {root}: train/ and {test.name}/ must have the same classes; only one "
+            f"of them has {', '.join(odd[:5])}", UserError)
+    return Data(*sets)
+
+
+# --- named data sets --------------------------------------------------------------------------
+
+
+def load_flowers17(root, download):
+    """Oxford 17 Category Flower (Nilsback, Zisserman 2006): jpg/image_0001.jpg to image_1360.jpg,
+    80 per class in this order; every fifth image of a class is a test image, 16 of 80."""
+    numbers, folder = range(1, 17 * 80 + 1), Path(root, "flowers17", "jpg")
+    splits = [n for n in numbers if n % 5], [n for n in numbers if n % 5 == 0]
+    return [Images([folder / f"image_{n:04d}.jpg" for n in split], [(n - 1) // 80 for n in split],
+                   [f"class {label}" for label in range(1, 18)]) for split in splits]
 
 
 def load_aircraft(root, download):
-    """100 variants, the official trainval and test; the banner below each picture stays."""
-    return [FGVCAircraft(root, split, download=download, loader=open_picture)
-            for split in ("trainval", "test")]
+    """100 variants, the official trainval and test; the banner below each image stays."""
+    found = [FGVCAircraft(root, split, download=download) for split in ("trainval", "test")]
+    return [Images(split._image_files, split._labels, split.classes) for split in found]
 
 
 def load_cars(root, download):
-    if download:
-        raise ValueError("--download: the source of Stanford Cars is gone; get the files elsewhere")
-    return [StanfordCars(root, split, loader=open_picture) for split in ("train", "test")]
+    require(not download, "--download: the source of Stanford Cars is gone; copy the files")
+    found = [StanfordCars(root, split) for split in ("train", "test")]
+    return [Images(*zip(*split._samples), split.classes) for split in found]
 
 
 def load_caltech101(root, download):
-    """Caltech-101 has no official split: 30 pictures of each class to train on, drawn by seed 0.
+    """Caltech-101 has no official split: 30 images of each class to train on, drawn by seed 0.
 
-    torchvision finds the pictures; opened here, as its own class needs scipy and leaves the grey
-    ones grey.
-    """
+    torchvision lists the images; to open them its own class needs scipy."""
     if not download and not (Path(root) / "caltech101").is_dir():  # torchvision would make it
-        raise RuntimeError("no such folder")
+        raise FileNotFoundError("no such folder")
     found = Caltech101(root, download=download)
-    labels = torch.tensor(found.y)
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    splits = [], []
-    for label in range(len(found.categories)):
-        own = shuffled[labels[shuffled] == label].tolist()
-        splits[0].extend(sorted(own[:CALTECH_TRAIN]))
-        splits[1].extend(sorted(own[CALTECH_TRAIN:]))
-    folder = Path(found.root) / "101_ObjectCategories"
-    paths = [folder / found.categories[y] / f"image_{i:04d}.jpg"
+    paths = [Path(found.root, "101_ObjectCategories", found.categories[y], f"image_{i:04d}.jpg")
              for y, i in zip(found.y, found.index)]
-    return [Pictures([paths[i] for i in split], [found.y[i] for i in split], found.categories)
-            for split in splits]
+    shuffled = shuffled_by_class(found.y)
+    chosen = sorted(i for own in shuffled for i in own[:CALTECH_TRAIN])
+    others = sorted(i for own in shuffled for i in own[CALTECH_TRAIN:])
+    return [Images([paths[i] for i in split], [found.y[i] for i in split], found.categories)
+            for split in (chosen, others)]
+
+
+class CUB(Images):
+    """CUB-200-2011 (Wah, Branson, Welinder, Perona, Belongie 2011), from its official archive.
+
+    The official split: 5,994 images to train on, 5,794 to test on, 200 species. regions(index)
+    says where the bird is: by its segmentation if that archive was unpacked too (beside
+    CUB_200_2011 or inside it), else by its bounding box."""
+
+    def __init__(self, root, split):
+        folder = Path(root) / "CUB_200_2011"
+
+        def read(name):
+            """Lines of "<id> <rest>" -> {id: rest}."""
+            lines = (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+            return dict(line.strip().split(maxsplit=1) for line in lines if line.strip())
+
+        names, labels, in_train, boxes = map(read, ("images", "image_class_labels",
+                                                    "train_test_split", "bounding_boxes"))
+        ids = [i for i in names if (in_train[i] == "1") == (split == "train")]
+        super().__init__([folder / "images" / names[i] for i in ids],
+                         [int(labels[i]) - 1 for i in ids], list(read("classes").values()))
+        self.boxes = [[float(number) for number in boxes[i].split()] for i in ids]
+        drawn = [place / "segmentations" for place in (Path(root), folder)]
+        drawn = next((place for place in drawn if place.is_dir()), None)
+        self.drawn = drawn and [(drawn / names[i]).with_suffix(".png") for i in ids]
+
+    def regions(self, index):
+        """Region map as of the drawn birds, in the size of the image: BIRD or GROUND."""
+        if self.drawn:  # grey levels: the fraction of the five annotators who said bird
+            said = Image.open(self.drawn[index]).convert("L")
+            return said.point([GROUND] * 128 + [BIRD] * 128)
+        regions = Image.new("L", self[index][0].size, GROUND)
+        x, y, width, height = self.boxes[index]  # in pixels, from the upper left corner
+        ImageDraw.Draw(regions).rectangle((x, y, x + width - 1, y + height - 1), BIRD)
+        return regions
+
+
+def load_cub(root, download):
+    if download and not (Path(root) / "CUB_200_2011" / "images.txt").is_file():
+        download_and_extract_archive(CUB_URL, root, md5=CUB_MD5)
+    return [CUB(root, split) for split in ("train", "test")]
 
 
 # name: (reader of [train, test], what it expects below --data-root)
 NAMED = {
-    "cub": (lambda root, download: [CUB(root, split, download) for split in ("train", "test")],
-            "CUB_200_2011/images.txt and what else the archive holds"),
+    "flowers17": (load_flowers17, "flowers17/jpg/image_0001.jpg to image_1360.jpg"),
+    "cub": (load_cub, "CUB_200_2011/images.txt and the archive's other files"),
     "aircraft": (load_aircraft, "fgvc-aircraft-2013b/data/"),
     "cars": (load_cars, "stanford_cars/ with cars_train/, cars_test/, devkit/cars_meta.mat, "
              "devkit/cars_train_annos.mat and cars_test_annos_withlabels.mat"),
@@ -126,19 +207,46 @@ NAMES = ("synthetic", *NAMED)
 
 
 def data_name(text):
-    """A data set's name, or a folder's whole path, so that it is found from anywhere."""
+    """Return a data set's name, or a folder's absolute path, so that it is found from anywhere."""
     return text if text in NAMES else str(Path(text).resolve())
 
 
-def load_data(name, root="datasets", download=False):
-    """`synthetic`, a data set of the paper below root, or a folder -> Data."""
+def load_data(name, root="datasets", download=False, held_out=False):
+    """Load `synthetic`, a named data set below root, or a folder -> Data.
+
+    held_out: train on four fifths of every class's training images and test on the others; the
+    real test images are not opened. For choosing settings. Raises UserError."""
     if name == "synthetic":
-        return Data(Birds("train", TRAIN_BIRDS), Birds("test", TEST_BIRDS))
-    if name not in NAMED:
-        return load_folder(name)
-    read, expected = NAMED[name]
-    try:
-        return Data(*read(root, download))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"--data {name}: {first_line(error)}; expected in --data-root "
-                         f"{root}: {expected} (see data/README.md)") from None
+        data = Data(Birds("train", TRAIN_BIRDS), Birds("test", TEST_BIRDS))
+    elif name not in NAMED:
+        data = load_folder(name)
+    else:
+        read, expected = NAMED[name]
+        try:
+            data = Data(*read(root, download))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"--data {name}: {str(error).splitlines()[0]}; expected in --data-root "
+                            f"{root}: {expected} (see data/README.md)") from None
+    if not held_out:
+        return data
+    require(data.test is not None, f"--held-out needs labels: {data.note}", UserError)
+    return Data(*hold_out(data.train))
+
+
+def shuffled_by_class(targets):
+    """Return for each class the indices of its images, in an order drawn by seed 0."""
+    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).tolist()
+    return [[i for i in shuffled if targets[i] == label] for label in sorted(set(targets))]
+
+
+def hold_out(dataset):
+    """Return (training part, held-out part): every class's fifth, of two to four images one."""
+    parts = [], []
+    for own in shuffled_by_class(dataset.targets):
+        count = max(len(own) // 5, int(len(own) > 1))
+        parts[0].extend(own[count:])
+        parts[1].extend(own[:count])
+    subsets = [Subset(dataset, sorted(part)) for part in parts]
+    for subset in subsets:
+        subset.targets = [dataset.targets[i] for i in subset.indices]
+    return subsets

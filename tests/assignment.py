@@ -1,10 +1,10 @@
-"""Make a student's copy of lodisc.py: the bodies of its central functions taken out, and graders.
+"""Make a student's copy of lodisc.py, without the bodies of its central functions, and graders.
 
     python tests/assignment.py OUT
-    cd OUT && python -m pytest        # says which exercises pass, and the points
+    cd OUT && python -m pytest        # prints which exercises pass, and the points
 
-OUT is a new folder. Everything in it comes from the real module: what was taken out is found by the
-functions' names, and the graders' numbers are what the real functions gave when the copy was made.
+OUT is a new folder, generated from the real module: the functions are found by name, and the
+graders compare with the outputs of the real functions.
 """
 
 import argparse
@@ -31,13 +31,13 @@ EXERCISES = {
     "branches": (15, ["LoDisc.forward"]),
 }
 CONFTEST = '''\
-"""Points of the exercises, after pytest's own summary."""
+"""Print the points of the exercises after pytest's summary."""
 
 POINTS = {points}
 
 
 def pytest_terminal_summary(terminalreporter):
-    def exercises(kind):  # of reports whose names have the form "...::test_<exercise>_..."
+    def exercises(kind):  # the names of tests have the form "...::test_<exercise>_..."
         return {{report.nodeid.partition("::test_")[2].split("_")[0]
                 for report in terminalreporter.getreports(kind)}}
 
@@ -51,13 +51,13 @@ def pytest_terminal_summary(terminalreporter):
 README = '''\
 # LoDisc, to be completed
 
-`lodisc.py` is a working module from which {count} functions were taken out. Each still has its
-docstring, which says what goes in and what comes out. Fill them in from the top; the paper is
-arXiv 2403.04066, and MoCo v3 (arXiv 2104.02057) and attention rollout (arXiv 2005.00928) help.
+In `lodisc.py` the bodies of {count} functions are missing. Each docstring specifies the inputs and
+outputs. Complete them in the order of the table. The paper is arXiv 2403.04066; MoCo v3
+(arXiv 2104.02057) and attention rollout (arXiv 2005.00928) describe its parts.
 
     pip install -r requirements.txt
-    python -m pytest                     # all, with the points
-    python -m pytest -k {first}
+    python -m pytest                     # all exercises, with the points
+    python -m pytest -k {first}        # one exercise
 
 | exercise | functions | points |
 |---|---|---|
@@ -66,7 +66,7 @@ arXiv 2403.04066, and MoCo v3 (arXiv 2104.02057) and attention rollout (arXiv 20
 
 
 def functions(source):
-    """{qualified name: its ast node} of a module's functions and methods."""
+    """Return {qualified name: ast node} of a module's functions and methods."""
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef):
@@ -78,7 +78,7 @@ def functions(source):
 
 
 def without_bodies(source):
-    """The module's source with a NotImplementedError in place of what is to be written."""
+    """Return the source with a NotImplementedError in place of each exercise's body."""
     lines, found = source.splitlines(keepends=True), functions(source)
     taken = [(found[name], exercise, name) for exercise, (_, names) in EXERCISES.items()
              for name in names]
@@ -93,7 +93,7 @@ def without_bodies(source):
 
 
 def load(path, name="lodisc"):
-    """A module from a file, without leaving bytecode beside it."""
+    """Import a module from a file, writing no bytecode."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     writing, sys.dont_write_bytecode = sys.dont_write_bytecode, True
@@ -105,7 +105,7 @@ def load(path, name="lodisc"):
 
 
 def expected_numbers(lodisc):
-    """What the real functions give, {name: (arguments, result)}, for the graders."""
+    """Compute what the graders compare with: {exercise: arguments and results}."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):

@@ -1,11 +1,11 @@
-"""How long a training step takes, where the time goes, and how far that is from the limit.
+"""Time a training step and its parts, and compare it with its limit.
 
     python tests/benchmark.py
     python tests/benchmark.py --arch vit_base --image-size 224 --patch-size 16 --batch-size 8
     python tests/benchmark.py --rounds 30 --device cuda --compile --local-input tokens
 
-Options are those of train.py, and --rounds: how often each thing is timed. Everything takes turns,
-so that a machine's moods fall on all alike; figures are medians. Nothing is written.
+Options are those of train.py, and --rounds, the number of measurements. The measurements alternate,
+so that timing drift falls on all alike; all values are medians. Nothing is written.
 """
 
 import argparse
@@ -15,35 +15,39 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train  # before torch: it says how idle threads wait
+import train  # before torch: it sets how idle threads wait
 
 import torch
 from torch.utils.data import DataLoader
 
 from data.augment import Batches, TwoViews
 from data.datasets import load_data
-from lodisc import attention_product, first_line, kept_indices, location_mask
+from eval import exit_with_line
+from lodisc import UserError, attention_product, kept_indices, location_mask
 
 PARTS = {"query": "online forward", "global_key": "momentum", "pivotal_mask": "mask",
          "local_key": "local", "contrast": "loss"}  # methods of LoDisc, in the figure's words
 
 
-# --- the arithmetic: floating point operations, a multiplication and an addition making two -------
+# --- arithmetic: floating point operations; a multiplication and an addition are two -----------
 
 
 def encoder_flops(encoder, tokens=None, attention=None):
-    """Of one image's forward pass: (patch projection, all else). tokens: patches that enter."""
+    """Return those of one image's forward pass: (patch projection, all else). tokens: patches that
+    enter, all by default; attention: as in the encoder's forward."""
     dim, n = encoder.dim, 1 + (tokens or encoder.num_patches)
     projection = 2 * encoder.num_patches * 3 * encoder.patch_size**2 * dim
+    weights = {None: 0, "row": n, "full": n * n, "mean": n * n}[attention]
     rest = 0
     for block in encoder.blocks:
-        asking = 1 if block is encoder.blocks[-1] else n  # tokens whose output is used
-        rest += 2 * n * 3 * dim**2 + 2 * 2 * asking * n * dim + 2 * asking * 9 * dim**2
-        rest += {None: 0, "row": 2 * n * dim, "full": 2 * n * n * dim}[attention]
+        used = 1 if block is encoder.blocks[-1] else n  # tokens whose output is used
+        rest += 2 * dim * (3 * n * dim + 2 * used * n + 9 * used * dim + weights)
     return projection, rest
 
 
@@ -52,26 +56,27 @@ def head_flops(head):
 
 
 def step_flops(model, batch):
-    """Of a training step but for the optimiser; backward = 2 x forward, nothing computed twice."""
+    """Return those of a training step without the optimiser and the importance; a backward pass
+    counts as two forward passes. Only the passes that the method needs."""
     encoder, projector = model.encoder, head_flops(model.projector)
     projection, rest = encoder_flops(encoder)
-    trains = encoder.patch_embed.proj.weight.requires_grad  # if so, by its weights; pictures do not
-    online = (1 + trains) * projection + 3 * (rest + projector + head_flops(model.predictor))
-    looks = model.method != "global" and model.mask in ("location", "least")
-    stored = ("full" if model.importance == "rollout" else "row") if looks else None
-    momentum = sum(encoder_flops(encoder, attention=stored)) + projector
-    local = sum(encoder_flops(encoder, model.num_kept if model.local_input == "tokens" else None))
-    local = 0 if model.method == "global" else local + projector
+    trains = encoder.patch_embed.proj.weight.requires_grad  # its weights; images get no gradient
+    passes = (1 + trains) * projection + 3 * (rest + projector + head_flops(model.predictor))
+    if model.method != "local" or model.stored:
+        passes += sum(encoder_flops(encoder, attention=model.stored))
+    if model.method != "global":
+        passes += sum(encoder_flops(
+            encoder, model.num_kept if model.local_input == "tokens" else None))
+    branches = (model.method != "local") + (model.method != "global")
     logits = 2 * 2 * batch * model.predictor[-1].num_features  # backward to the query alone
-    contrasts = 2 if model.method == "lodisc" else 1
-    return 2 * batch * (online + momentum + local + contrasts * logits)
+    return 2 * batch * (passes + branches * (projector + logits))
 
 
-# --- the clock --------------------------------------------------------------------------------
+# --- clock ------------------------------------------------------------------------------------
 
 
 def timed(function, *args):
-    """(seconds, what the function gave), with everything done that was begun."""
+    """Return (seconds, the function's result), the device synchronised before and after."""
     wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     wait()
     start = time.perf_counter()
@@ -81,7 +86,7 @@ def timed(function, *args):
 
 
 def peak_memory(device):
-    """In GiB: of the GPU, or of the whole process."""
+    """Return the peak in GiB: of the GPU, or of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource  # not on Windows
@@ -90,61 +95,47 @@ def peak_memory(device):
 
 
 class Trainer:
-    """A training step as train.py's loop makes it, on the same two views over and over."""
+    """train.py's train_step, with the same two views at every step."""
 
     def __init__(self, settings, device, precision):
         self.model = train.build_model(settings).to(device).train()
-        self.optimizer = train.build_optimizer(self.model, {**settings, "lr": 1e-6})
+        self.optimizer = train.build_optimizer(self.model, settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         self.precision, self.device = precision, device
         if settings["compile"]:
-            train.compile_encoders(self.model, device)
+            self.model.encoder.compile(), self.model.momentum_encoder.compile()
         size = settings["image_size"]
-        self.views = torch.randn(2, settings["batch_size"], 3, size, size, device=device)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
-
-    def forward(self):
-        with self.autocast():
-            return self.model(*self.views, torch.Generator().manual_seed(0)).total
-
-    def update(self):
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.views = torch.randn(2, settings["batch_size"], 3, size, size, device=device).unbind()
 
     def step(self):
-        self.forward().backward()
-        self.update()
-        self.model.update_momentum(0.99)
+        train.train_step(self.model, self.model, self.optimizer, self.scaler, self.precision,
+                         self.views, torch.Generator().manual_seed(0), 0.5, 0.99)
 
     def split(self):
-        """{part: seconds} of a step, each part waited for."""
+        """Return {part: seconds} of a step, the device synchronised around each part."""
         seconds = defaultdict(float)
 
-        def clocked(name, method):
-            def call(*args):
-                taken, result = timed(method, *args)
-                seconds[PARTS[name]] += taken
-                return result
-            return call
-
-        for name in PARTS:
-            setattr(self.model, name, clocked(name, getattr(self.model, name)))
-        loss = self.forward()
-        for name in PARTS:
-            delattr(self.model, name)
-        seconds["backward"] = timed(loss.backward)[0]
-        seconds["optimiser"] = timed(self.update)[0]
-        seconds["EMA"] = timed(self.model.update_momentum, 0.99)[0]
+        with ExitStack() as stack:
+            for owner, name, part in (*((self.model, name, PARTS[name]) for name in PARTS),
+                                      (torch.Tensor, "backward", "backward"),
+                                      (self.optimizer, "step", "optimiser"),
+                                      (self.model, "update_momentum", "EMA")):
+                def call(*args, function=getattr(owner, name), part=part):
+                    taken, result = timed(function, *args)
+                    seconds[part] += taken
+                    return result
+                stack.enter_context(patch.object(owner, name, call))
+            self.step()
         return seconds
 
     @torch.no_grad()
     def passes(self, keep):
-        """{encoder pass over one view: seconds}; what a step cannot do without."""
+        """Return {encoder pass over one view: seconds}, the passes that a step needs."""
         view, encoder, seconds = self.views[0], self.model.momentum_encoder, defaultdict(float)
-        with self.autocast():
-            for attention in (None, "row", "row", None):  # a drift falls on both alike
-                name = "storing rows" if attention else "forward"
+        stored = self.model.stored or "row"
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+            for attention in (None, stored, stored, None):  # drift falls on both alike
+                name = "storing" if attention else "forward"
                 seconds[name] += timed(encoder, view, attention)[0] / 2
             seconds["local"] = timed(encoder, view, None, keep)[0]
             with torch.enable_grad():
@@ -155,27 +146,31 @@ class Trainer:
 
 
 def matrix_product(device, dtype):
-    """A function that multiplies two large matrices, and its floating point operations."""
+    """Return a function that multiplies two large matrices, and its operations."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     return lambda: a @ b, 2 * n**3
 
 
 def input_rate(settings, dataset):
-    """Images/s of the input pipeline alone."""
+    """Return the images/s of the input pipeline alone."""
     crop = settings["image_size"], settings["mean"], settings["std"]
     views = TwoViews(dataset, *crop, settings["seed"], settings["crop_min"])
     first, count = 2 * settings["workers"] + 2, 4 * settings["workers"] + 8  # batches
-    order = Batches(len(dataset), settings["batch_size"], settings["seed"], 0, first + count)
+    order, batches = Batches(len(dataset), settings["batch_size"], settings["seed"]), []
+    while len(batches) < first + count:
+        batches += order
+        order.epoch += 1
+    batches = batches[:first + count]
     if settings["data"] == "synthetic":
-        [dataset[i] for batch in order for _, i in batch]  # drawn before, as in all later epochs
-    loader = iter(DataLoader(views, batch_sampler=order, num_workers=settings["workers"]))
-    [next(loader) for _ in range(first)]  # those that were made beforehand
+        [dataset[i] for batch in batches for _, i in batch]  # drawn before, as in later epochs
+    loader = iter(DataLoader(views, batch_sampler=batches, num_workers=settings["workers"]))
+    [next(loader) for _ in range(first)]  # those that were prefetched
     seconds, _ = timed(lambda: [next(loader) for _ in range(count)])
     return count * settings["batch_size"] / seconds
 
 
-# --- the report -------------------------------------------------------------------------------
+# --- report -----------------------------------------------------------------------------------
 
 
 def medians(rounds):
@@ -183,7 +178,7 @@ def medians(rounds):
 
 
 def parse_args(argv=None):
-    """(its own options, train.py's settings given, their defaults)"""
+    """Return (own options, train.py's settings on the command line, their defaults)."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--rounds", type=int, default=10)
     args, rest = parser.parse_known_args(argv)
@@ -194,10 +189,12 @@ def main(argv=None):
     args, given, defaults = parse_args(argv)
     settings = {**defaults, **given}
     device = train.pick_device(settings["device"])
-    dataset = load_data(settings["data"], settings["data_root"]).train
-    train.settle(settings, device, len(dataset), 1)
+    dataset = load_data(*(settings[name] for name in ("data", "data_root", "download",
+                                                      "held_out"))).train
+    train.fill_defaults(settings, device, len(dataset))
+    train.check_settings(settings, 1)
     arch, size, batch = settings["arch"], settings["image_size"], settings["batch_size"]
-    precision = train.pick_precision(settings["amp"], device, train.ARCHITECTURES[arch]["dim"])
+    precision = train.pick_precision(settings["amp"], device, settings["dim"])
     name = torch.cuda.get_device_name() if device.type == "cuda" else (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     shown = str(precision or torch.float32).removeprefix("torch.")
@@ -238,21 +235,21 @@ def main(argv=None):
     rate = product_flops / whole["product"]
     limit = 2 * (passed["online"] + passed["forward"])
     limit = {"lodisc": limit + 2 * passed["local"], "global": limit}
-    for label, figure in (("whole step", lambda m: whole[m] * 1e3),
-                          ("limit: passes", lambda m: limit[m] * 1e3),
-                          ("images/s", lambda m: batch / whole[m]),
-                          ("GFLOP a step", lambda m: flops[m] / 1e9),
-                          ("GFLOP/s", lambda m: flops[m] / whole[m] / 1e9)):
-        print(f"{label:<16}" + "".join(f"{figure(m):>12.1f}" for m in whole if m in flops))
+    for label, value in (("whole step", lambda m: whole[m] * 1e3),
+                         ("limit: passes", lambda m: limit[m] * 1e3),
+                         ("images/s", lambda m: batch / whole[m]),
+                         ("GFLOP a step", lambda m: flops[m] / 1e9),
+                         ("GFLOP/s", lambda m: flops[m] / whole[m] / 1e9)):
+        print(f"{label:<16}" + "".join(f"{value(m):>12.1f}" for m in flops))
 
     print(f"\nlodisc / global: {whole['lodisc'] / whole['global']:.3f}; by the arithmetic "
           f"{flops['lodisc'] / flops['global']:.3f}")
-    print(f"limit / step: {limit['lodisc'] / whole['lodisc']:.3f}, the limit being the encoder's "
-          "passes alone, timed here")
+    print(f"limit / step: {limit['lodisc'] / whole['lodisc']:.3f}; the limit is the encoder's "
+          "passes alone")
     print(f"a large matrix product: {rate / 1e9:.0f} GFLOP/s; the step reaches "
           f"{flops['lodisc'] / whole['lodisc'] / rate:.3f} of it")
-    print(f"storing the class rows: {passed['storing rows'] / passed['forward'] - 1:+.1%} of a "
-          "momentum pass")
+    print(f"storing the attention ({model.stored or 'row'}): "
+          f"{passed['storing'] / passed['forward'] - 1:+.1%} of a momentum pass")
     print(f"importance and mask of 256 images x {n} patches: {whole['mask'] * 1e3:.1f} ms; of both "
           f"views, {2 * whole['mask'] / 256 / (whole['lodisc'] / batch):.2%} of their step")
     print(f"peak memory: {memory:.2f} GiB")
@@ -264,5 +261,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"benchmark.py: {first_line(error)}")
+    except UserError as error:
+        exit_with_line("benchmark.py", error)

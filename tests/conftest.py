@@ -1,4 +1,4 @@
-"""Shared by all tests: a seed, hypothesis without deadlines, a small folder of pictures."""
+"""Shared by all tests: a seed, hypothesis without deadlines, a small folder of images."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from hypothesis import settings
 from PIL import Image
 
 import train  # before eval, as it sets how threads wait
-import eval as judging
+import eval as evaluation
 from data.birds import Birds
 from data.datasets import Data
 
@@ -33,8 +33,8 @@ def elsewhere(tmp_path, monkeypatch):
 def few_birds(monkeypatch):
     """`synthetic` in small, for train.py and eval.py."""
     data = Data(Birds("train", 200), Birds("test", 60))
-    for script in (train, judging):
-        monkeypatch.setattr(script, "load_data", lambda *args: data)
+    for script in (train, evaluation):
+        monkeypatch.setattr(script, "load_data", lambda *args, **options: data)
 
 
 def weights(folder):

@@ -1,4 +1,4 @@
-"""The assignment kit: nothing solved in it, the real bodies get full marks, wrong ones do not."""
+"""The assignment kit: it contains no solution; graders pass the real bodies and fail wrong ones."""
 
 import ast
 import inspect
@@ -12,77 +12,99 @@ import torch
 import assignment
 
 SOURCE = (assignment.ROOT / "lodisc.py").read_text()
-# (exercise, what the student did, function, the body's line, what it became)
+# (exercise, the student's mistake, function, code of the right body, its wrong replacement)
 WRONG = [
     ("attention", "softmax over the wrong axis", "attention_weights",
      "softmax(dim=-1)", "softmax(dim=-2)"),
-    ("attention", "not widened", "attention_weights", "q, k = widen(q), widen(k)", "pass"),
+    ("attention", "computed in half precision", "attention_weights",
+     "q, k = widen(q), widen(k)", "pass"),
     ("attention", "not scaled", "attention_weights", "q * q.shape[-1] ** -0.5 @", "q @"),
-    ("attention", "scaled by d instead of its root", "attention_weights", "** -0.5", "** -1"),
-    ("attention", "half precision", "attention_weights", "enabled=False", "enabled=True"),
-    ("attention", "who answers instead of who asks", "Attention.forward",
+    ("attention", "scaled by 1 / d", "attention_weights", "** -0.5", "** -1"),
+    ("attention", "autocast left on", "attention_weights", "enabled=False", "enabled=True"),
+    ("attention", "column instead of row", "Attention.forward",
      "q[:, :, :1], k).squeeze(2)", "q, k[:, :, :1]).squeeze(3)"),
-    ("attention", "the last token's row", "Attention.forward",
+    ("attention", "row of the last token", "Attention.forward",
      "weights = attention_weights(q[:, :, :1], k)", "weights = attention_weights(q[:, :, -1:], k)"),
-    ("attention", "the matrix cut with the features", "Attention.forward",
+    ("attention", "class_only cuts the weights too", "Attention.forward",
      "weights = None", "q, weights = q[:, :, :1] if class_only else q, None"),
+    ("attention", "mean not averaged", "Attention.forward", 'if attention == "mean"', "if False"),
+    ("attention", "mean over the queries", "Attention.forward", "weights.mean(dim=1, keepdim=True)",
+     "weights.mean(dim=2, keepdim=True)"),
+    ("attention", "mean without its axis", "Attention.forward", "weights.mean(dim=1, keepdim=True)",
+     "weights.mean(dim=1)"),
     ("positions", "rows and columns swapped", "sincos_positions",
-     "torch.cat([columns, rows], dim=1)", "torch.cat([rows, columns], dim=1)"),
-    ("positions", "frequencies of a line, not of a plane", "sincos_positions",
+     "torch.cat([rows, columns], dim=1)", "torch.cat([columns, rows], dim=1)"),
+    ("positions", "columns numbered first", "sincos_positions", '"row c -> (row column) c"',
+     '"row c -> (column row) c"'),
+    ("positions", "frequencies of a 1-D embedding", "sincos_positions",
      "torch.arange(dim // 4) / (dim // 4)", "torch.arange(dim // 4) / dim"),
     ("positions", "class token at the end", "sincos_positions",
      "torch.cat([torch.zeros(1, dim), patches])", "torch.cat([patches, torch.zeros(1, dim)])"),
     ("positions", "cosine before sine", "sincos_positions",
      "[angles.sin(), angles.cos()]", "[angles.cos(), angles.sin()]"),
     ("product", "mean instead of product", "attention_product",
-     "total.float()", "torch.stack([class_row(a) for a in attentions]).mean(0).log()"),
+     "class_row(a).clamp_min(tiny).log() for a in attentions]).sum(0)",
+     "class_row(a) for a in attentions]).mean(0).log()"),
     ("product", "product that underflows", "attention_product",
-     "total.float()", "torch.stack([class_row(a) for a in attentions]).prod(0).log()"),
-    ("product", "no logarithm", "attention_product", "return total.float()", "return total.exp()"),
-    ("product", "heads multiplied", "attention_product", "term = class_row(attention)",
-     "term = (attention if attention.ndim == 3 else attention[:, :, 0]).prod(1)[:, 1:]"),
-    ("product", "column instead of row", "attention_product", "class_row(attention)",
-     "class_row(attention if attention.ndim == 3 else attention.mT)"),
-    ("rollout", "without the residual connection", "attention_rollout", "+ row) / 2", "+ 0 * row)"),
+     "class_row(a).clamp_min(tiny).log() for a in attentions]).sum(0)",
+     "class_row(a) for a in attentions]).prod(0).log()"),
+    ("product", "no logarithm", "attention_product", ".sum(0).float()", ".sum(0).float().exp()"),
+    ("product", "logarithm of zero", "attention_product", ".clamp_min(tiny)", ""),
+    ("product", "heads multiplied", "attention_product", "class_row(a)",
+     "(a if a.ndim == 3 else a[:, :, 0]).prod(1)[:, 1:]"),
+    ("product", "column instead of row", "attention_product", "class_row(a)",
+     "class_row(a if a.ndim == 3 else a.mT)"),
+    ("rollout", "no residual connection", "attention_rollout", "+ row) / 2", "+ 0 * row)"),
     ("rollout", "not halved", "attention_rollout", "+ row) / 2", "+ row)"),
-    ("rollout", "first layer last", "attention_rollout", "reversed(matrices)", "matrices"),
+    ("rollout", "layers in reverse order", "attention_rollout", "reversed(attentions)",
+     "attentions"),
+    ("rollout", "maximum over heads", "attention_rollout", ".mean(dim=1)", ".amax(dim=1)"),
     ("rollout", "transposed", "attention_rollout", '"bi,bij->bj"', '"bi,bji->bj"'),
     ("mask", "the least important", "location_mask", "descending=True", "descending=False"),
-    ("mask", "keep ratio inverted", "location_mask", "keep_ratio)\n    if",
-     "1 - keep_ratio or 1)\n    if"),
-    ("mask", "looked for NaN all the same", "location_mask", "if check:", "if True:"),
-    ("mask", "rounded down by a rounding error", "location_mask",
+    ("mask", "keep ratio inverted", "location_mask",
+     "kept_count(importance.shape[1], keep_ratio)",
+     "kept_count(importance.shape[1], 1 - keep_ratio or 1)"),
+    ("mask", "NaN accepted", "location_mask", "importance.isnan()", "(importance > 1e9)"),
+    ("mask", "topk, which breaks ties anyhow", "location_mask",
+     "importance.argsort(dim=1, descending=True, stable=True)", "importance.topk(k, dim=1).indices"),
+    ("mask", "order of ties reversed", "location_mask",
+     "importance.argsort(dim=1, descending=True, stable=True)",
+     "importance.argsort(dim=1, stable=True).flip(1)"),
+    ("mask", "one mask for the batch", "location_mask", "importance.argsort",
+     "importance.mean(0, True).expand_as(importance).argsort"),
+    ("mask", "floating-point error rounds down", "location_mask",
      "k = kept_count(importance.shape[1], keep_ratio)",
      "k = max(1, math.floor(importance.shape[1] * keep_ratio))"),
     ("mask", "rounded up", "location_mask", "k = kept_count(importance.shape[1], keep_ratio)",
      "k = math.ceil(importance.shape[1] * keep_ratio)"),
     ("mask", "threshold by value", "location_mask", "return torch",
      "return importance >= importance.gather(1, order[:, k - 1:k])\n    return torch"),
-    ("mask", "dropped where it should keep", "location_mask", "order[:, :k], True",
+    ("mask", "mask inverted", "location_mask", "order[:, :k], True",
      "order[:, :k], True).logical_not("),
-    ("update", "direction swapped", "momentum_update", "new, 1 - m)", "new, m)"),
-    ("update", "the online side moves", "momentum_update", "(list(old.values()), new",
-     "(new, list(old.values())"),
-    ("update", "not in place", "momentum_update", "_foreach_lerp_(", "_foreach_lerp("),
+    ("update", "direction swapped", "momentum_update", "1 - m)", "m)"),
+    ("update", "online parameters updated", "momentum_update", "parameter.lerp_(new[name]",
+     "new[name].lerp_(parameter"),
+    ("update", "not in place", "momentum_update", ".lerp_(", ".lerp("),
+    ("update", "new tensors instead of in place", "momentum_update",
+     "parameter.lerp_(new[name], 1 - m)", "parameter.data = parameter.lerp(new[name], 1 - m)"),
     ("update", "buffers too", "momentum_update", "dict(momentum.named_parameters())",
      "dict(momentum.named_parameters())\n    for a, b in zip(online.buffers(), momentum.buffers"
      "()):\n        b.copy_(m * b + (1 - m) * a)"),
-    ("update", "as the sum is written", "momentum_update", "torch._foreach_lerp_(list(old"
-     ".values()), new, 1 - m)", "[p.copy_(m * p + (1 - m) * q) for p, q in zip(old.values(), new"
-     ")]"),
-    ("schedule", "a line", "momentum_schedule", "(1 + math.cos(math.pi * step / total)) / 2",
+    ("update", "sum that rounds", "momentum_update", "parameter.lerp_(new[name], 1 - m)",
+     "parameter.copy_(m * parameter + (1 - m) * new[name])"),
+    ("schedule", "linear", "momentum_schedule", "(1 + math.cos(math.pi * step / total)) / 2",
      "(1 - step / total)"),
     ("schedule", "falling", "momentum_schedule", "math.pi * step", "math.pi * (total - step)"),
-    ("schedule", "a whole cosine", "momentum_schedule", "math.pi * step", "2 * math.pi * step"),
+    ("schedule", "whole cosine period", "momentum_schedule", "math.pi * step", "2 * math.pi * step"),
     ("loss", "temperature applied twice", "contrastive_loss", "keys.T / temperature",
      "keys.T / temperature**2"),
-    ("loss", "gradient not stopped", "contrastive_loss", "keys.detach()", "keys"),
+    ("loss", "gradient for the keys", "contrastive_loss", "keys.detach()", "keys"),
     ("loss", "not normalised", "contrastive_loss", "F.normalize(widen(queries), dim=1)",
      "widen(queries)"),
-    ("loss", "normalised over the batch", "contrastive_loss",
+    ("loss", "normalised along the batch axis", "contrastive_loss",
      "F.normalize(widen(keys.detach()), dim=1)", "F.normalize(widen(keys.detach()), dim=0)"),
     ("loss", "not scaled", "contrastive_loss", "return 2 * temperature *", "return"),
-    ("loss", "half precision", "contrastive_loss", "enabled=False", "enabled=True"),
+    ("loss", "autocast left on", "contrastive_loss", "enabled=False", "enabled=True"),
     ("loss", "offset forgotten", "contrastive_loss", "positives = offset +", "positives ="),
     ("branches", "global loss of the same view", "LoDisc.forward",
      "self.contrast(query1, key2) + self.contrast(query2, key1)",
@@ -90,20 +112,20 @@ WRONG = [
     ("branches", "local loss of the same view", "LoDisc.forward",
      "self.contrast(query1, local2) + self.contrast(query2, local1)",
      "self.contrast(query1, local1) + self.contrast(query2, local2)"),
-    ("branches", "whole picture in the local loss", "LoDisc.forward",
+    ("branches", "global keys in the local loss", "LoDisc.forward",
      "self.contrast(query1, local2) + self.contrast(query2, local1)",
      "self.contrast(query1, key2) + self.contrast(query2, key1)"),
-    ("branches", "one direction alone", "LoDisc.forward",
+    ("branches", "one direction only", "LoDisc.forward",
      "self.contrast(query1, key2) + self.contrast(query2, key1)",
      "2 * self.contrast(query1, key2)"),
     ("branches", "gradient through the momentum side", "LoDisc.forward",
      "with torch.no_grad():", "with torch.enable_grad():"),
-    ("branches", "updating here too", "LoDisc.forward", "masks = None if",
+    ("branches", "momentum update in forward", "LoDisc.forward", "masks = None if",
      "self.update_momentum(0.99)\n        masks = None if"),
     ("branches", "masks swapped", "LoDisc.forward", "(mask1, mask2)", "(mask2, mask1)"),
-    ("branches", "random masks without their generator", "LoDisc.forward",
+    ("branches", "generator not passed on", "LoDisc.forward",
      "self.momentum_side(view1, generator)", "self.momentum_side(view1, None)"),
-    ("branches", "mean of both losses", "LoDisc.forward", "LoDiscOutput(global_loss + local_loss,",
+    ("branches", "mean of the losses", "LoDisc.forward", "LoDiscOutput(global_loss + local_loss,",
      "LoDiscOutput((global_loss + local_loss) / 2,"),
 ]
 
@@ -116,13 +138,13 @@ def kit(tmp_path_factory):
 
 
 def body(source, name):
-    """A function's own lines, without its docstring."""
+    """Return the lines of a function after its docstring."""
     node = assignment.functions(source)[name]
     return "\n".join(source.splitlines()[node.body[0].end_lineno:node.end_lineno])
 
 
 def grade(kit, module):
-    """{exercise: the graders' messages of what failed}, with this module as the student's."""
+    """Grade a student's module -> {exercise: messages of the failed graders}."""
     failed = {}
     before = sys.modules.get("lodisc")
     sys.modules["lodisc"] = module
@@ -135,7 +157,7 @@ def grade(kit, module):
                 except (AssertionError, pytest.fail.Exception) as error:
                     failed.setdefault(name.split("_")[1], []).append(str(error))
                 except Exception:
-                    pass  # what a mistake breaks besides is no hint
+                    pass  # another exception is no hint
     finally:
         sys.modules["lodisc"] = before
     return failed
@@ -146,7 +168,7 @@ def pytest_in(kit):
                           cwd=kit, capture_output=True, text=True, timeout=200)
 
 
-def test_nothing_is_solved_in_the_kit(kit):
+def test_kit_contains_no_solution(kit):
     assert sorted(path.name for path in kit.rglob("*")) == \
         ["README.md", "conftest.py", "expected.pt", "lodisc.py", "requirements.txt",
          "test_exercises.py"]
@@ -168,7 +190,7 @@ def test_nothing_is_solved_in_the_kit(kit):
         assert ast.unparse(whole[name]) == ast.unparse(blank[name])
 
 
-def test_a_blank_kit_has_no_points_and_says_where_to_begin(kit):
+def test_blank_kit_has_no_points_and_names_first_exercise(kit):
     done = pytest_in(kit)
     assert done.returncode == 1
     assert "total         0 of 100" in done.stdout
@@ -177,7 +199,7 @@ def test_a_blank_kit_has_no_points_and_says_where_to_begin(kit):
     assert "exercise attention: attention_weights" in done.stdout
 
 
-def test_the_original_bodies_get_full_marks(kit, tmp_path):
+def test_original_bodies_get_full_points(kit, tmp_path):
     student = tmp_path / "student"
     student.mkdir()
     for path in kit.iterdir():
@@ -194,7 +216,7 @@ def test_the_original_bodies_get_full_marks(kit, tmp_path):
     assert done.returncode == 0 and "total       100 of 100" in done.stdout, done.stdout
 
 
-def test_a_copy_that_does_not_import_has_no_points(kit, tmp_path):
+def test_kit_that_does_not_import_has_no_points(kit, tmp_path):
     for path in kit.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "lodisc.py").write_text("def broken(:\n")
@@ -203,8 +225,11 @@ def test_a_copy_that_does_not_import_has_no_points(kit, tmp_path):
     assert "INTERNALERROR" not in done.stdout and "total         0 of 100" in done.stdout
 
 
-def test_every_exercise_has_three_wrong_solutions():
-    assert len(WRONG) >= 24
+def test_exercises_have_enough_wrong_solutions():
+    assert len(WRONG) >= 50 and len({wrong[:2] for wrong in WRONG}) == len(WRONG)
+    assert len(assignment.EXERCISES) == 9
+    assert sum(len(names) for _, names in assignment.EXERCISES.values()) == 10
+    assert sum(points for points, _ in assignment.EXERCISES.values()) == 100
     for exercise in assignment.EXERCISES:
         assert sum(wrong[0] == exercise for wrong in WRONG) >= 3
 
@@ -213,10 +238,11 @@ def test_every_exercise_has_three_wrong_solutions():
                          ids=[f"{wrong[0]}: {wrong[1]}" for wrong in WRONG])
 def test_wrong_solutions_are_caught(kit, tmp_path, exercise, what, name, right, wrong):
     before = body(SOURCE, name)
-    assert before.count(right) >= 1, f"{name} no longer has {right!r}"
+    assert before.count(right) >= 1, f"{name} does not contain {right!r}"
     after = before.replace(right, wrong)
     (tmp_path / "wrong.py").write_text(SOURCE.replace(before, after))
     failed = grade(kit, assignment.load(tmp_path / "wrong.py", "lodisc_with_a_mistake"))
     assert exercise in failed
-    assert all(len(message) > 10 for message in failed[exercise])
+    for message in failed[exercise]:  # a hint, no bare assertion
+        assert len(message.partition("\n")[0]) > 10 and not message.startswith("assert "), message
     assert not any(right in message for message in failed[exercise])

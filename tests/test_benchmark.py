@@ -8,24 +8,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from lodisc import LoDisc, create_vit
+import train
+from lodisc import IMPORTANCES, MASKS, METHODS, LoDisc, UserError, VisionTransformer, create_vit
 
 
-@pytest.mark.parametrize("init", [False, True])
-@pytest.mark.parametrize("options", [
-    {}, {"local_input": "tokens"}, {"method": "global"}, {"method": "local"},
-    {"importance": "rollout"}, {"mask": "random"}], ids=str)
-def test_flops_are_those_that_torch_counts(options, init):
-    encoder = create_vit("vit_nano", 32, 8, learned_positions=init, train_projection=init)
-    model = LoDisc(encoder, hidden_dim=64, output_dim=32, **options)
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_step_flops_against_torch(method, mask, importance):
+    tokens = (mask in ("location", "block")) == (importance == "product")  # each with both inputs
+    encoder = VisionTransformer(32, 8, 32, 2, 2, train_projection=tokens)
+    model = LoDisc(encoder, method, mask, importance, "tokens" if tokens else "pixels",
+                   hidden_dim=64, output_dim=32)
     views = torch.randn(2, 6, 3, 32, 32)
     # fused attention's backward computes the weights again: counted with the plain one
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*views).total.backward()
     counted = counter.get_total_flops()
-    if options.get("importance") == "rollout":
-        counted -= 2 * 4 * 2 * 6 * 17 * 17  # its row times the four layers' matrices
+    if model.stored == "mean":
+        counted -= 2 * 2 * 2 * 6 * 17 * 17  # rollout: a row times the two layers' matrices
     assert benchmark.step_flops(model, 6) == counted
+
+
+def test_full_attention_flops_against_torch():
+    encoder = create_vit("vit_nano", 32, 8)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        encoder(torch.randn(6, 3, 32, 32), attention="full")
+    assert 6 * sum(benchmark.encoder_flops(encoder, attention="full")) == counter.get_total_flops()
 
 
 def test_published_size():
@@ -36,9 +45,63 @@ def test_published_size():
     assert projection + rest + saved == pytest.approx(2 * 17.58e9, rel=1e-2)
 
 
+SMALL = ["--device", "cpu", "--image-size", "16", "--patch-size", "8", "--batch-size", "8",
+         "--workers", "0"]
+
+
+def trainer(options=()):
+    _, given, defaults = benchmark.parse_args([*SMALL, *options])
+    settings, device = {**defaults, **given}, torch.device("cpu")
+    train.fill_defaults(settings, device, 8)
+    return benchmark.Trainer(settings, device, train.pick_precision("off", device, 96))
+
+
+def test_step_is_train_step(monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "train_step", lambda *args: calls.append(args))
+    own = trainer()
+    own.step()
+    (model, parallel, optimizer, scaler, precision, views, _, progress, m), = calls
+    assert model is parallel is own.model and optimizer is own.optimizer and precision is None
+    assert isinstance(scaler, torch.amp.GradScaler) and not scaler.is_enabled()
+    assert [view.shape for view in views] == [(8, 3, 16, 16)] * 2
+    assert 0 <= progress <= 1 and 0 <= m <= 1 and own.model.encoder._compiled_call_impl is None
+    compiled = trainer(["--compile"]).model  # on the first call, which does not come
+    assert compiled.encoder._compiled_call_impl and compiled.momentum_encoder._compiled_call_impl
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_split_is_a_whole_step(method, monkeypatch):
+    """Every part is clocked once or once per view, and afterwards nothing is wrapped any more."""
+    own, real, calls = trainer(["--method", method]), benchmark.timed, []
+    monkeypatch.setattr(benchmark, "timed", lambda *args: calls.append(1) or real(*args))
+    before, backward = dict(vars(own.model)), torch.Tensor.backward
+    seconds = own.split()
+    branches = {"global": [], "local": ["mask", "local"], "lodisc": ["mask", "local"]}[method]
+    assert set(seconds) == {"online forward", "momentum", "loss", "backward", "optimiser", "EMA",
+                            *branches} and min(seconds.values()) > 0
+    contrasts = 4 if method == "lodisc" else 2
+    assert len(calls) == 2 * (2 + len(branches)) + contrasts + 3
+    assert vars(own.model) == before and torch.Tensor.backward is backward
+
+
+def test_input_rate_takes_epochs_in_order(monkeypatch):
+    asked = []
+    monkeypatch.setattr(benchmark.TwoViews, "__getitem__", lambda self, key: asked.append(key) or 0)
+    settings = dict(image_size=16, mean=[0.5] * 3, std=[0.5] * 3, seed=0, crop_min=0.08, workers=0,
+                    batch_size=8, data="elsewhere")
+    assert benchmark.input_rate(settings, range(20)) > 0  # two batches an epoch
+    assert [epoch for epoch, _ in asked] == [epoch for epoch in range(5) for _ in range(16)]
+    assert len(set(asked)) == 80
+
+
+def test_settings_are_checked():
+    with pytest.raises(UserError, match="--batch-size must be in"):
+        benchmark.main([*SMALL, "--batch-size", "1"])
+
+
 def test_report(capsys):
-    benchmark.main(["--rounds", "1", "--device", "cpu", "--image-size", "16", "--patch-size", "8",
-                    "--batch-size", "8", "--workers", "0"])
+    benchmark.main(["--rounds", "1", *SMALL])
     report = capsys.readouterr().out
     parts = ("online forward", "momentum", "mask", "local", "loss", "backward", "optimiser", "EMA",
              "whole step")
@@ -46,4 +109,5 @@ def test_report(capsys):
         row = re.search(rf"^{part} +(\S+) +(\S+)$", report, re.M)
         lodisc, plain = map(float, row.groups())
         assert lodisc > 0 and (plain > 0) == (part not in ("mask", "local"))
-    assert "bottleneck" in report and "GFLOP/s" in report
+    assert all(text in report for text in ("bottleneck", "GFLOP/s", "storing the attention (row)"))
+    assert float(re.search(r"^peak memory: (\S+) GiB$", report, re.M)[1]) > 0.1

@@ -1,7 +1,8 @@
-"""The loss, the moving average, and the whole figure against a reference put together by hand."""
+"""The loss, the moving average, and LoDisc against a reference built from its parts."""
 
 import copy
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lodisc import (LoDisc, attention_product, contrastive_loss, create_vit, least_mask,
-                    location_mask, mask_pixels, mlp_head, momentum_schedule, momentum_update,
-                    random_mask)
+import lodisc
+from lodisc import (IMPORTANCES, LOCAL_INPUTS, MASKS, METHODS, LoDisc, attention_product,
+                    contrastive_loss, create_vit, least_mask, location_mask, mask_pixels, mlp_head,
+                    momentum_schedule, momentum_update, random_mask)
 
 seeds = st.integers(0, 10_000)
 sizes = st.tuples(st.integers(1, 6), st.integers(0, 5), st.integers(2, 8))
@@ -28,7 +30,7 @@ def draw_features(seed, sizes):
 
 
 @given(seeds, sizes, st.floats(0.05, 1.0), st.integers(0, 5))
-def test_loss_against_loops(seed, sizes, temperature, offset):
+def test_loss_matches_loops(seed, sizes, temperature, offset):
     queries, keys = draw_features(seed, sizes)
     offset = min(offset, len(keys) - len(queries))
     total = 0.0
@@ -42,7 +44,7 @@ def test_loss_against_loops(seed, sizes, temperature, offset):
 
 
 @given(seeds, sizes, st.floats(0.01, 100.0))
-def test_loss_ignores_the_length_of_features(seed, sizes, scale):
+def test_loss_is_scale_invariant(seed, sizes, scale):
     queries, keys = draw_features(seed, sizes)
     loss = contrastive_loss(queries, keys, 0.2)
     assert torch.allclose(contrastive_loss(queries * scale, keys, 0.2), loss, atol=1e-9)
@@ -50,7 +52,7 @@ def test_loss_ignores_the_length_of_features(seed, sizes, scale):
 
 
 @given(seeds, sizes)
-def test_loss_ignores_a_joint_permutation(seed, sizes):
+def test_loss_is_permutation_invariant(seed, sizes):
     queries, keys = draw_features(seed, (sizes[0], 0, sizes[2]))
     order = torch.randperm(len(queries))
     expected = contrastive_loss(queries, keys, 0.2)
@@ -58,14 +60,14 @@ def test_loss_ignores_a_joint_permutation(seed, sizes):
 
 
 @given(st.integers(1, 8), st.integers(0, 8), st.floats(0.05, 1.0))
-def test_equal_features_lose_what_a_model_that_has_learnt_nothing_loses(batch, more, temperature):
+def test_loss_of_equal_features_is_chance_level(batch, more, temperature):
     queries, keys = torch.ones(batch, 4).double(), torch.ones(batch + more, 4).double()
     expected = 2 * temperature * math.log(batch + more)
     assert contrastive_loss(queries, keys, temperature).item() == pytest.approx(expected, abs=1e-9)
 
 
 @given(seeds, st.integers(2, 8))
-def test_no_permutation_of_the_keys_beats_the_right_one(seed, batch):
+def test_loss_is_lowest_for_matching_keys(seed, batch):
     features = draw_features(seed, (batch, 0, 5))[0]
     generator = torch.Generator().manual_seed(seed)
     right = contrastive_loss(features, features, 0.2)
@@ -74,7 +76,7 @@ def test_no_permutation_of_the_keys_beats_the_right_one(seed, batch):
         assert contrastive_loss(features, features[order], 0.2) >= right - 1e-12
 
 
-def test_loss_sends_no_gradient_to_keys_and_stays_float32_under_autocast():
+def test_loss_has_no_gradient_for_keys_and_is_float32_under_autocast():
     queries, keys = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     expected = contrastive_loss(queries, keys, 0.2)
     assert abs(expected - contrastive_loss(queries.double(), keys.double(), 0.2)) < 1e-6
@@ -90,7 +92,7 @@ def test_loss_sends_no_gradient_to_keys_and_stays_float32_under_autocast():
 
 
 @given(seeds, st.floats(0, 1))
-def test_update_is_a_convex_combination(seed, m):
+def test_update_is_convex_combination(seed, m):
     torch.manual_seed(seed)
     online, momentum = nn.Linear(3, 4), nn.Linear(3, 4)
     before = copy.deepcopy(momentum)
@@ -102,7 +104,7 @@ def test_update_is_a_convex_combination(seed, m):
 
 
 @given(seeds, st.floats(0, 1))
-def test_update_leaves_equal_weights_equal_to_the_bit(seed, m):
+def test_update_keeps_equal_weights_bit_equal(seed, m):
     torch.manual_seed(seed)
     online = nn.Linear(50, 40)
     momentum = copy.deepcopy(online)
@@ -111,7 +113,7 @@ def test_update_leaves_equal_weights_equal_to_the_bit(seed, m):
         assert torch.equal(new, old)
 
 
-def test_update_touches_parameters_only():
+def test_update_changes_parameters_only():
     online, momentum = mlp_head(2, 4, 6, 3), mlp_head(2, 4, 6, 3)
     online(torch.randn(8, 4))
     buffers = {name: buffer.clone() for name, buffer in momentum.named_buffers()}
@@ -144,7 +146,7 @@ def two_views(batch=6):
 
 
 def by_hand(model, view1, view2, masks, tokens):
-    """L_g and L_l as in the figure, from the parts, in the order in which the figure has them."""
+    """Compute L_g and L_l of the figure from the model's parts."""
     online = [model.predictor(model.projector(model.encoder(view)[0])) for view in (view1, view2)]
     keys, locals_ = [], []
     for view, mask in zip((view1, view2), masks):
@@ -162,10 +164,10 @@ def by_hand(model, view1, view2, masks, tokens):
 
 
 @pytest.mark.parametrize("tokens", [False, True])
-@pytest.mark.parametrize("method", ["lodisc", "global", "local"])
-def test_the_figure_against_a_reference(method, tokens):
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_masks_match_reference(method, tokens):
     model = tiny(method=method, local_input="tokens" if tokens else "pixels")
-    with torch.no_grad():  # a momentum side that differs from the online one
+    with torch.no_grad():  # make the momentum encoder differ from the online one
         for parameter in model.momentum_encoder.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     view1, view2 = two_views()
@@ -186,8 +188,8 @@ def test_the_figure_against_a_reference(method, tokens):
         assert all(torch.equal(a, b) for a, b in zip(output.masks, masks))
 
 
-def test_gradient_reaches_the_online_side_only():
-    for method in ("lodisc", "global", "local"):
+def test_gradients_reach_online_side_only():
+    for method in METHODS:
         model = tiny(method=method)
         model(*two_views()).total.backward()
         for name, parameter in model.named_parameters():
@@ -199,7 +201,7 @@ def test_gradient_reaches_the_online_side_only():
         assert not any(p.requires_grad for p in model.momentum_projector.parameters())
 
 
-def test_forward_never_updates_the_momentum_side():
+def test_only_update_momentum_changes_weights():
     model = tiny()
     with torch.no_grad():
         model.encoder.cls_token += 1
@@ -208,29 +210,31 @@ def test_forward_never_updates_the_momentum_side():
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
     model.update_momentum(0.75)
-    for side, online in ((model.momentum_encoder, "encoder"), (model.momentum_projector, "projector")):
-        for name, parameter in side.named_parameters():
-            expected = 0.75 * before[f"momentum_{online}.{name}"] + 0.25 * before[f"{online}.{name}"]
-            assert torch.allclose(parameter, expected, atol=1e-12)
+    for online in ("encoder", "projector"):
+        for name, parameter in model.get_submodule(f"momentum_{online}").named_parameters():
+            old, new = before[f"momentum_{online}.{name}"], before[f"{online}.{name}"]
+            assert torch.allclose(parameter, 0.75 * old + 0.25 * new, atol=1e-12)
     assert torch.allclose(model.momentum_encoder.cls_token, before["encoder.cls_token"] - 0.75)
 
 
-def test_momentum_side_starts_as_the_online_one_and_stays_in_train_mode():
+def test_momentum_side_starts_as_copy_and_stays_in_train_mode():
     model = tiny()
     for online, momentum in ((model.encoder, model.momentum_encoder),
                              (model.projector, model.momentum_projector)):
-        assert all(torch.equal(a, b) for a, b in zip(online.parameters(), momentum.parameters()))
+        assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+                   for a, b in zip(online.parameters(), momentum.parameters(), strict=True))
     views = two_views()
     expected = model(*views).total
     model.eval()
     assert not model.projector.training
-    assert all(module.training for module in model.momentum_projector.modules())
-    model.projector.train(), model.predictor.train()  # running figures play no part
+    for momentum in (model.momentum_encoder, model.momentum_projector):
+        assert all(module.training for module in momentum.modules())
+    model.projector.train(), model.predictor.train()  # running statistics are not used
     assert model(*views).total == expected
 
 
-def test_full_and_masked_pictures_are_separate_batches():
-    """With the keys' BatchNorm over both together, the key's loss would depend on keep_ratio."""
+def test_batch_norm_separates_whole_and_masked_images():
+    """If BatchNorm saw both together, the global loss would depend on keep_ratio."""
     views = two_views()
     losses = []
     for ratio in (0.1, 0.9):
@@ -241,7 +245,7 @@ def test_full_and_masked_pictures_are_separate_batches():
 
 
 @pytest.mark.parametrize("mask", ["random", "block"])
-def test_random_masks_follow_the_generator(mask):
+def test_random_masks_follow_generator(mask):
     model, views = tiny(mask=mask), two_views()
     first = model(*views, torch.Generator().manual_seed(1))
     again = model(*views, torch.Generator().manual_seed(1))
@@ -251,23 +255,164 @@ def test_random_masks_follow_the_generator(mask):
     assert not torch.equal(first.masks[0], first.masks[1])
     assert all((m.sum(1) == 4).all() for m in first.masks)
     if mask == "random":
-        assert torch.equal(first.masks[0], random_mask(6, 16, 0.3, torch.Generator().manual_seed(1)))
+        expected = random_mask(torch.zeros(6, 16), 0.3, torch.Generator().manual_seed(1))
+        assert torch.equal(first.masks[0], expected)
 
 
-def test_least_mask_and_other_importances_reach_the_output():
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("mask, function", [("location", location_mask), ("least", least_mask)])
+def test_masks_follow_mask_and_importance(mask, function, importance):
     views = two_views()
-    model = tiny(mask="least")
-    importance = attention_product(model.momentum_encoder(views[0], "row")[1])
-    assert torch.equal(model(*views).masks[0], least_mask(importance, 0.3))
-    masks = {}
-    for name in ("product", "rollout", "last"):
-        torch.manual_seed(0)
-        masks[name] = tiny(importance=name)(*views).masks[0]
-    assert not torch.equal(masks["product"], masks["last"])
-    assert not torch.equal(masks["rollout"], masks["last"])
+    model = tiny(mask=mask, importance=importance)
+    with torch.no_grad():
+        for parameter in model.momentum_encoder.parameters():  # sharper attention, unlike others
+            parameter += 0.05 * torch.randn_like(parameter)
+    masks = model(*views).masks
+    matrices = [model.momentum_encoder(view, "full")[1] for view in views]
+    expected = {name: [function(rank(layers), 0.3) for layers in matrices]
+                for name, (rank, _) in IMPORTANCES.items()}
+    for view in range(2):
+        assert torch.equal(masks[view], expected[importance][view])
+    for other in expected.keys() - {importance}:
+        assert not torch.equal(masks[0], expected[other][0])
 
 
-def test_heads_are_those_of_moco_v3():
+def encoder_passes(model):
+    """Record each pass: [(online or momentum, attention stored, tokens that entered)]."""
+    passes = []
+    for name in ("encoder", "momentum_encoder"):
+        encoder = getattr(model, name)
+
+        def tokens(images, attention=None, keep=None, name=name, own=encoder.tokens, **options):
+            passes.append((name, attention, 16 if keep is None else keep.shape[1]))
+            return own(images, attention, keep, **options)
+
+        encoder.tokens = tokens
+    return passes
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("local_input", LOCAL_INPUTS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_runs_only_needed_passes(method, mask, local_input, importance):
+    model = tiny(method=method, mask=mask, local_input=local_input, importance=importance)
+    ranked = method != "global" and mask in ("location", "least")
+    stored = {"product": "row", "rollout": "mean", "last": "row"}[importance] if ranked else None
+    passes = encoder_passes(model)
+    model(*two_views(2))
+    view_passes = []
+    if method != "local" or ranked:
+        view_passes.append(("momentum_encoder", stored, 16))
+    if method != "global":
+        view_passes.append(("momentum_encoder", None, 4 if local_input == "tokens" else 16))
+    assert model.stored == stored
+    assert passes == [("encoder", None, 16)] * 2 + view_passes * 2
+    assert len(passes) == 2 + {"global": 2, "local": 4 if ranked else 2, "lodisc": 4}[method]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_are_most_important_patches_for_any_method(mask, method):
+    for importance, (function, _) in IMPORTANCES.items():
+        model, images = tiny(method=method, mask=mask, importance=importance), two_views(3)[0]
+        with torch.no_grad():
+            model.momentum_encoder.cls_token.normal_()  # so that the online one ranks otherwise
+            matrices = model.momentum_encoder(images, "full")[1]
+        passes, masks = encoder_passes(model), model.masks(images)
+        assert masks.dtype == torch.bool and masks.shape == (3, 16)
+        assert torch.equal(masks, location_mask(function(matrices), 0.3))
+        assert passes == [("momentum_encoder", IMPORTANCES[importance][1], 16)]
+
+
+def test_masks_record_no_gradient():
+    model, recorded = tiny(), []
+    model.momentum_encoder.register_forward_hook(
+        lambda *_: recorded.append(torch.is_grad_enabled()))
+    model.masks(two_views(2)[0])
+    assert recorded == [False]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("temperature", [0.2, 0.5])
+def test_chance_levels_equal_loss_of_constant_features(method, temperature):
+    model = tiny(method=method, temperature=temperature)
+    constant = torch.ones(6, 16, dtype=torch.float64)
+    model.predictor.register_forward_hook(lambda *_: constant)
+    model.momentum_projector.register_forward_hook(lambda *_: constant)
+    output, levels = model(*two_views(6)), model.chance_levels(6)
+    assert levels.keys() == {"global_loss", "local_loss"}
+    assert levels["global_loss"] == levels["local_loss"] == \
+        pytest.approx(4 * temperature * math.log(6))
+    for name, unused in (("global_loss", "local"), ("local_loss", "global")):
+        expected = 0 if method == unused else levels[name]
+        assert getattr(output, name).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("needs_importance", [True, False])
+def test_own_mask_is_one_function_and_one_entry(needs_importance, monkeypatch):
+    calls = []
+
+    def own_mask(importance, keep_ratio, generator=None):
+        calls.append((importance, keep_ratio, generator))
+        mask = torch.zeros_like(importance, dtype=torch.bool)
+        mask[:, [0, 5, 6, 11]] = True
+        return mask
+
+    monkeypatch.setitem(lodisc.MASKS, "own", (own_mask, needs_importance))
+    model, views, generator = tiny(mask="own"), two_views(), torch.Generator()
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = copy.deepcopy(model.encoder.blocks[0].mlp.fc1.weight)
+    with torch.no_grad():
+        expected = [attention_product(model.momentum_encoder(view, "row")[1]) for view in views]
+    output = model(*views, generator)
+    output.total.backward()
+    optimiser.step()
+    assert not torch.equal(before, model.encoder.blocks[0].mlp.fc1.weight)
+    assert model.stored == ("row" if needs_importance else None)
+    assert len(calls) == 2
+    for call, importance, mask in zip(calls, expected, output.masks):
+        assert mask.nonzero()[:, 1].tolist() == [0, 5, 6, 11] * 6
+        assert call[1:] == (0.3, generator)
+        assert torch.equal(call[0], importance if needs_importance else torch.zeros(6, 16).double())
+
+
+def test_subclass_with_own_output_and_schedule():
+    class Output(NamedTuple):
+        total: torch.Tensor
+        weight: float
+        masks: tuple | None
+
+    class Weighted(LoDisc):
+        def __init__(self, encoder, scale, **options):
+            super().__init__(encoder, **options)
+            self.scale = scale
+
+        def forward(self, view1, view2, generator=None, progress=0.0):
+            losses = super().forward(view1, view2, generator, progress)
+            weight = self.scale * progress
+            return Output(losses.global_loss + weight * losses.local_loss, weight, losses.masks)
+
+    model = Weighted(create_vit("vit_nano", 32, 8), scale=2, hidden_dim=32, output_dim=16).double()
+    views = two_views()
+    losses = LoDisc.forward(model, *views)
+    for progress in (0.0, 0.25):
+        output = model(*views, progress=progress)
+        assert output._fields == ("total", "weight", "masks") and output.weight == 2 * progress
+        expected = losses.global_loss + 2 * progress * losses.local_loss
+        assert output.total.item() == pytest.approx(expected.item())
+        assert all(map(torch.equal, output.masks, losses.masks))
+    model(*views, progress=1.0).total.backward()
+    assert model.encoder.cls_token.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_do_not_depend_on_progress(method):
+    model, views = tiny(method=method), two_views()
+    assert model(*views, progress=0.0)[:3] == model(*views, None, 1.0)[:3]
+
+
+def test_heads_match_moco_v3():
     model = LoDisc(create_vit("vit_nano", 32, 8))
     kinds = [type(module).__name__ for module in model.projector]
     assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]
@@ -278,14 +423,20 @@ def test_heads_are_those_of_moco_v3():
         [(4096, 256), (256, 4096)]
     assert all(m.bias is None for m in model.modules() if isinstance(m, nn.Linear) and m in
                set(model.projector) | set(model.predictor))
-    assert [m.affine for m in model.projector if isinstance(m, nn.BatchNorm1d)] == [True, True, False]
+    for head, affine in ((model.projector, [True, True, False]), (model.predictor, [True, False])):
+        assert [m.affine for m in head if isinstance(m, nn.BatchNorm1d)] == affine
 
 
 @pytest.mark.parametrize("mask", ["location", "least"])
-def test_training_never_waits_for_a_look_at_nan(mask):
-    """The loop's own look at the loss finds it; until then masks of NaN have their size."""
-    model, rows = tiny(mask=mask), [torch.full((2, 3, 17), math.nan)] * 4
-    assert model.pivotal_mask(two_views(2)[0], rows, None).sum(1).tolist() == [model.num_kept] * 2
+def test_masks_of_diverged_encoder_keep_exactly_k(mask):
+    """NaN is the training loop's to report; no forward pass raises for it."""
+    model, images = tiny(mask=mask), two_views(2)
+    rows = [torch.full((2, 3, 17), math.nan)] * 4
+    assert model.pivotal_mask(images[0], rows, None).sum(1).tolist() == [model.num_kept] * 2
+    with torch.no_grad():
+        model.momentum_encoder.cls_token.fill_(math.nan)
+    output = model(*images)
+    assert output.total.isnan() and (output.masks[0].sum(1) == model.num_kept).all()
 
 
 @pytest.mark.parametrize("call, says", [
@@ -312,7 +463,7 @@ def test_training_never_waits_for_a_look_at_nan(mask):
     (lambda: momentum_schedule(0, 0), "[0, 0]"),
     (lambda: momentum_schedule(0, 4, base=1.5), "got 1.5"),
 ])
-def test_what_cannot_be_right_is_rejected(call, says):
+def test_invalid_arguments_raise_value_error(call, says):
     with pytest.raises(ValueError) as error:
         call()
     assert says in str(error.value)

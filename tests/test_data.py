@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from data import augment, birds
 from data.augment import Batches, Blur, Plain, TwoViews, mix_seed, plain_crop
-from data import birds
 from data.birds import BIRD, CLASSES, FAMILIES, PART, SPECIES, Birds, draw
 from data.datasets import load_data
+from lodisc import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -107,24 +108,43 @@ def test_blur_is_as_wide_as_drawn():
     assert 1.8 < min(widths) < 2.5 and 3.5 < max(widths) < 4.2
 
 
+def epochs_of(batches, epochs):
+    found = []
+    for batches.epoch in epochs:
+        found.append(list(batches))
+    return found
+
+
 def test_order_is_seeded_by_seed_and_epoch():
-    batches = list(Batches(20, 4, seed=1, last=10))
-    assert batches == list(Batches(20, 4, seed=1, last=10))
-    first, second = (sum(part, []) for part in (batches[:5], batches[5:]))
-    for epoch, pairs in enumerate([first, second]):
+    first, second = epochs_of(Batches(20, 4, seed=1), range(2))
+    assert [first, second] == epochs_of(Batches(20, 4, seed=1), range(2))
+    for epoch, batches in enumerate([first, second]):
+        pairs = sum(batches, [])
         assert {e for e, _ in pairs} == {epoch} and sorted(i for _, i in pairs) == list(range(20))
-    orders = [[i for _, i in pairs] for pairs in (first, second, sum(Batches(20, 4, seed=2), []))]
+    orders = [[i for _, i in sum(part, [])] for part in (first, second, list(Batches(20, 4, 2)))]
     assert len({tuple(order) for order in [*orders, range(20)]}) == 4
-    assert len({mix_seed(s, e, i) for s in range(10) for e in range(10) for i in range(50)}) == 5000
+
+
+def test_no_two_purposes_share_a_seed():
+    """SeedSequence pads with zeros, so that without a purpose (s, e) and (s, e, 0) coincide."""
+    seeds = [mix_seed(purpose, s, *rest) for s in range(4) for purpose, tails in (
+        (augment.ORDER, [(e,) for e in range(9)]),
+        (augment.AUGMENTATION, [(e, i) for e in range(9) for i in range(9)]),
+        (augment.MASKS, [(e, r) for e in range(9) for r in range(9)])) for rest in tails]
+    assert len(set(seeds)) == len(seeds)
+    generator = torch.Generator().manual_seed(mix_seed(augment.ORDER, 1, 0))
+    assert [i for _, i in sum(Batches(20, 4, seed=1), [])] == \
+        torch.randperm(20, generator=generator).tolist()
+    views = TwoViews(Birds("train", 3), 16, MEAN, STD, seed=5)
+    torch.manual_seed(mix_seed(augment.AUGMENTATION, 5, 2, 1))
+    assert torch.equal(views.view1(views.dataset[1][0]), views[2, 1][0])
 
 
 def test_batches_are_whole_and_shared_among_processes():
-    whole = Batches(23, 6, seed=1, last=7)
-    assert len(whole) == 7 and [len(batch) for batch in whole] == [6] * 7
-    shares = [list(Batches(23, 6, 1, 0, 7, rank, 3)) for rank in range(3)]
+    whole = Batches(23, 6, seed=1)
+    assert len(whole) == 3 and [len(batch) for batch in whole] == [6] * 3
+    shares = [list(Batches(23, 6, 1, rank, 3)) for rank in range(3)]
     assert [sum(batches, []) for batches in zip(*shares)] == list(whole)
-    rest = Batches(23, 6, seed=1, first=4, last=7)  # as after a resume
-    assert list(rest) == list(whole)[4:] and len(rest) == 3
 
 
 def test_plain_crop_takes_the_middle():
@@ -174,11 +194,11 @@ def test_folders_without_labels_or_splits_train_all_the_same(flowers, tmp_path, 
 
 
 def test_folders_that_cannot_be_right(flowers, tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         load_data(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="--data"):
+    with pytest.raises(UserError, match="--data"):
         load_data(str(tmp_path / "empty"))
     (flowers / "test" / "class 2").rename(flowers / "test" / "class 9")
-    with pytest.raises(ValueError, match="class 2, class 9"):
+    with pytest.raises(UserError, match="class 2, class 9"):
         load_data(str(flowers))

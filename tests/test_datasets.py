@@ -1,14 +1,18 @@
-"""The paper's data sets, each in its official layout in small, read by the real classes."""
+"""Named data sets, each in its official layout in small, read by the real classes; --held-out."""
+
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
-import eval as judging
+import eval as evaluation
 import train
-from data.birds import BIRD
-from data.cub import CUB
-from data.datasets import load_data
+from data.birds import BIRD, GROUND
+from data.datasets import CUB, NAMED, NAMES, data_name, load_data
+from lodisc import UserError
 
 
 def save(path, colour, size=(60, 40)):
@@ -18,7 +22,7 @@ def save(path, colour, size=(60, 40)):
 
 @pytest.fixture
 def cub(tmp_path):
-    """CUB-200-2011's archive with 2 species of 6 pictures; the bird is red, at (10, 5), 20 x 30."""
+    """CUB-200-2011's archive with 2 species of 6 images; the bird is red, at (10, 5), 20 x 30."""
     folder = tmp_path / "CUB_200_2011"
     lines = {name: [] for name in ("images", "image_class_labels", "train_test_split",
                                    "bounding_boxes")}
@@ -41,34 +45,39 @@ def test_cub_has_the_official_split_and_labels(cub):
     assert data.train.targets == [0, 0, 1, 1] and data.test.targets == [0] * 4 + [1] * 4
     assert [path.name[-8:-4] for path in data.train.paths] == ["0001", "0004", "0007", "0010"]
     assert data.train.classes == ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
-    picture, label = data.train[3]
-    assert label == 1 and np.abs(np.array(picture)[0, 0] - np.array([30, 200, 200.0])).max() < 4
+    image, label = data.train[3]
+    assert label == 1 and np.abs(np.array(image)[0, 0] - np.array([30, 200, 200.0])).max() < 4
 
 
-def test_cub_boxes_and_segmentations_say_where_the_bird_is(cub):
+def test_cub_regions_are_boxes_or_segmentations(cub):
     regions = np.array(CUB(cub, "test").regions(2))
     assert regions.shape == (40, 60)
     assert (regions[5:35, 10:30] == BIRD).all() and (regions == BIRD).sum() == 20 * 30
-    for path in CUB(cub, "test").paths:  # where drawn, the outline counts; three of five agree
+    assert (regions == GROUND).sum() == 40 * 60 - 20 * 30
+    for path in CUB(cub, "test").paths:  # three of five annotators agree, or two
         drawn = Image.new("L", (60, 40), 0)
         ImageDraw.Draw(drawn).rectangle((40, 0, 49, 9), 153)
         ImageDraw.Draw(drawn).rectangle((0, 0, 9, 9), 102)
         out = cub / "segmentations" / path.parent.name / f"{path.stem}.png"
         out.parent.mkdir(parents=True, exist_ok=True)
         drawn.save(out)
-    regions = np.array(CUB(cub, "test").regions(2))
-    assert (regions[:10, 40:50] == BIRD).all() and (regions == BIRD).sum() == 100
+    for folder in (cub, cub / "CUB_200_2011"):  # beside it or inside it
+        regions = np.array(CUB(cub, "test").regions(2))
+        assert (regions[:10, 40:50] == BIRD).all() and (regions == BIRD).sum() == 100
+        if folder == cub:
+            (cub / "segmentations").rename(cub / "CUB_200_2011" / "segmentations")
 
 
-def test_a_run_on_cub_from_training_to_localisation(cub, tmp_path, monkeypatch, capsys):
+def test_cub_run_from_training_to_localisation(cub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main(["--data", "cub", "--data-root", str(cub), "--image-size", "16", "--epochs", "1",
                 "--batch-size", "4", "--workers", "0", "--device", "cpu"])
     monkeypatch.chdir("/")
-    judging.main(["masks", str(tmp_path / "runs" / "cub-lodisc-1")])
+    evaluation.main(["masks", str(tmp_path / "runs" / "cub-lodisc-1"), "--device", "cpu",
+                     "--workers", "0"])
     printed = capsys.readouterr().out
     assert "trained" in printed and "object" in printed and "parts" not in printed
-    assert "pointing game" in printed
+    assert "pointing_game" in printed
 
 
 def test_aircraft_trains_on_trainval_by_variant(tmp_path):
@@ -82,11 +91,13 @@ def test_aircraft_trains_on_trainval_by_variant(tmp_path):
         (folder / f"images_variant_{split}.txt").write_text(
             "".join(f"{i:07d} {variants[i % 3]}\n" for i in numbers))
     data = load_data("aircraft", tmp_path)
-    assert (len(data.train), len(data.test)) == (6, 3) and data.train.classes == variants
-    assert [data.test[i][1] for i in range(3)] == [0, 1, 2]
+    assert list(data.train.targets) == [0, 1, 2] * 2 and list(data.test.targets) == [0, 1, 2]
+    assert data.train.classes == variants
+    image, label = data.test[1]
+    assert label == 1 and abs(image.getpixel((30, 20))[2] - 140) < 4
 
 
-def test_caltech101_takes_thirty_a_class_and_turns_grey_to_rgb(tmp_path):
+def test_caltech101_trains_on_thirty_per_class_drawn_by_seed(tmp_path):
     folder = tmp_path / "caltech101" / "101_ObjectCategories"
     for name, count in (("accordion", 40), ("BACKGROUND_Google", 3), ("yin_yang", 33)):
         for i in range(1, count + 1):
@@ -107,7 +118,7 @@ def test_cars_in_torchvision_layout(tmp_path):
     folder = tmp_path / "stanford_cars"
     for split in ("train", "test"):
         for i in range(1, 5):
-            save(folder / f"cars_{split}" / f"{i:05d}.jpg", (i, 0, 0))
+            save(folder / f"cars_{split}" / f"{i:05d}.jpg", (40 * i, 0, 200 * (split == "test")))
     (folder / "devkit").mkdir()
     kinds = np.array([(f"{i:05d}.jpg", (i - 1) % 2 + 1) for i in range(1, 5)],
                      dtype=[("fname", object), ("class", int)])
@@ -116,17 +127,168 @@ def test_cars_in_torchvision_layout(tmp_path):
     io.savemat(folder / "devkit" / "cars_meta.mat",
                {"class_names": np.array(["AM General Hummer", "Acura RL"], dtype=object)})
     data = load_data("cars", tmp_path)
-    assert [data.train[i][1] for i in range(4)] == [0, 1, 0, 1] and len(data.test) == 4
+    assert list(data.train.targets) == list(data.test.targets) == [0, 1, 0, 1]
+    image, label = data.test[3]
+    assert label == 1 and np.abs(np.array(image)[0, 0] - np.array([160, 0, 200.0])).max() < 4
+    held = load_data("cars", tmp_path, held_out=True)
+    assert sorted(held.test.targets) == [0, 1] == sorted(held.train.targets)
 
 
-@pytest.mark.parametrize("name", ["cub", "aircraft", "cars", "caltech101"])
-def test_a_missing_data_set_is_one_line_that_says_where_it_belongs(name, tmp_path):
-    with pytest.raises(ValueError, match=rf"--data {name}: .*--data-root .*{tmp_path.name}.*"
+def flowers17(root, missing=None):
+    """1,360 files, all hard links of one but the five that the tests look at."""
+    folder = root / "flowers17" / "jpg"
+    save(folder / "image_0001.jpg", (0, 0, 0), (8, 8))
+    for n in range(2, 1361):
+        if n in (5, 80, 81, 1360):
+            save(folder / f"image_{n:04d}.jpg", (n % 251, 200, 0), (8, 8))
+        elif n != missing:
+            os.link(folder / "image_0001.jpg", folder / f"image_{n:04d}.jpg")
+
+
+def test_flowers17_has_every_fifth_image_for_testing(tmp_path):
+    flowers17(tmp_path)
+    data = load_data("flowers17", tmp_path)
+    assert data.train.targets == [label for label in range(17) for _ in range(64)]
+    assert data.test.targets == [label for label in range(17) for _ in range(16)]
+    assert len(data.train.classes) == 17
+    numbers = [[int(Path(path).stem[-4:]) for path in part.paths] for part in data[:2]]
+    assert numbers[1] == list(range(5, 1361, 5))
+    assert sorted(sum(numbers, [])) == list(range(1, 1361))
+    for part, index, number, label in ((0, 0, 1, 0), (1, 0, 5, 0), (1, 15, 80, 0), (0, 64, 81, 1),
+                                       (1, 271, 1360, 16)):
+        image, found = data[part][index]
+        colour = [0, 0, 0] if number == 1 else [number % 251, 200, 0]
+        assert found == label and np.abs(np.array(image)[0, 0] - np.array(colour)).max() < 6
+
+
+@pytest.mark.parametrize("number", [7, 10])  # a training image, a test image
+def test_flowers17_missing_image_is_one_line(tmp_path, number):
+    flowers17(tmp_path, missing=number)
+    with pytest.raises(UserError, match=rf"--data flowers17: .*image_{number:04d}\.jpg") as error:
+        load_data("flowers17", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_missing_data_set_is_one_line_with_its_place(name, tmp_path):
+    with pytest.raises(UserError, match=rf"--data {name}: .*--data-root .*{tmp_path.name}.*"
                        r"data/README\.md") as error:
         load_data(name, tmp_path)
+    assert NAMED[name][1] in str(error.value)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-def test_cars_cannot_be_downloaded_and_says_so(tmp_path):
-    with pytest.raises(ValueError, match=r"source .* is gone.*cars_train_annos\.mat"):
+def test_cars_cannot_be_downloaded(tmp_path):
+    with pytest.raises(UserError, match=r"source .* is gone.*cars_train_annos\.mat"):
         load_data("cars", tmp_path, download=True)
+
+
+def test_cub_download_fetches_a_checked_archive_once(cub, monkeypatch):
+    calls = []
+    monkeypatch.setattr("data.datasets.download_and_extract_archive",
+                        lambda *args, **options: calls.append((args, options)))
+    load_data("cub", cub, download=True)
+    assert calls == []  # it is there
+    (cub / "CUB_200_2011").rename(cub / "elsewhere")
+    with pytest.raises(UserError, match="--data cub"):
+        load_data("cub", cub, download=True)
+    ((url, root), options), = calls
+    assert url.startswith("https://data.caltech.edu/") and root == cub and len(options["md5"]) == 32
+
+
+def test_data_name_keeps_names_and_makes_folders_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [data_name(name) for name in NAMES] == list(NAMES)
+    assert data_name("images") == str(tmp_path / "images")
+
+
+# --- --held-out -------------------------------------------------------------------------------
+
+
+def pairs(part):
+    """(image's bytes, class) of a data set."""
+    return sorted((image.tobytes(), label) for image, label in part)
+
+
+def check_held_out(whole, held):
+    """The parts are disjoint, together the training set, and have every class's fifth."""
+    assert not set(held.train.indices) & set(held.test.indices)
+    assert pairs(held.train) + pairs(held.test) != [] and held.note == ""
+    assert sorted(pairs(held.train) + pairs(held.test)) == pairs(whole.train)
+    total = np.bincount(whole.train.targets)
+    for part, share in ((held.train, total - total // 5), (held.test, total // 5)):
+        assert np.array_equal(np.bincount(part.targets), share)
+        assert [label for _, label in part] == part.targets
+
+
+def test_held_out_is_a_fifth_of_each_class_of_a_folder(flowers):
+    whole = load_data(str(flowers))
+    for path in (flowers / "test").rglob("*.jpg"):
+        path.write_bytes(b"broken")  # the real test images are not opened
+    held = load_data(str(flowers), held_out=True)
+    check_held_out(whole, held)
+    again = load_data(str(flowers), held_out=True)
+    assert again.test.indices == held.test.indices
+    first = [own[:2] for own in (range(12), range(12, 24), range(24, 36))]
+    assert held.test.indices != [i for own in first for i in own]  # drawn, not the first
+
+
+def test_held_out_opens_no_test_image_of_a_named_data_set(cub):
+    for path in CUB(cub, "train").paths[:1]:  # three images of class 0 to train on, two of class 1
+        other = next((cub / "CUB_200_2011" / "images").rglob("*_0002.jpg"))
+        other.write_bytes(path.read_bytes())
+    split = cub / "CUB_200_2011" / "train_test_split.txt"
+    split.write_text(split.read_text().replace("2 0", "2 1", 1))
+    whole = load_data("cub", cub)
+    assert whole.train.targets == [0, 0, 0, 1, 1]
+    for path in whole.test.paths:
+        path.write_bytes(b"broken")
+    held = load_data("cub", cub, held_out=True)
+    assert held.train.targets == [0, 0, 1] and held.test.targets == [0, 1]
+    assert sorted(pairs(held.train) + pairs(held.test)) == pairs(whole.train)
+
+
+def test_held_out_of_the_birds_is_of_their_training_set():
+    whole, held = load_data("synthetic"), load_data("synthetic", held_out=True)
+    total = np.bincount(whole.train.targets)
+    assert np.array_equal(np.bincount(held.test.targets), total // 5)
+    assert sorted(held.train.indices + held.test.indices) == list(range(len(whole.train)))
+    assert held.train.dataset.split == held.test.dataset.split == "train"
+
+
+def test_held_out_of_flowers17(tmp_path):
+    flowers17(tmp_path)
+    held = load_data("flowers17", tmp_path, held_out=True)
+    assert np.bincount(held.train.targets).tolist() == [52] * 17
+    assert np.bincount(held.test.targets).tolist() == [12] * 17
+    opened = [Path(part.dataset.paths[i]) for part in held[:2] for i in part.indices]
+    assert all(int(path.stem[-4:]) % 5 for path in opened)
+
+
+def test_held_out_class_of_one_image_trains(flowers):
+    for path in sorted((flowers / "train" / "class 1").iterdir())[1:]:
+        path.unlink()
+    held = load_data(str(flowers), held_out=True)
+    assert np.bincount(held.train.targets).tolist() == [10, 1, 10]
+    assert np.bincount(held.test.targets, minlength=3).tolist() == [2, 0, 2]
+
+
+def test_held_out_needs_labels(flowers):
+    with pytest.raises(UserError, match="--held-out needs labels: .*no train/ and test/") as error:
+        load_data(str(flowers / "train"), held_out=True)
+    assert "\n" not in str(error.value)
+
+
+def test_held_out_run_is_evaluated_on_the_held_out_part(flowers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (flowers / "test").rglob("*.jpg"):
+        path.write_bytes(b"broken")
+    train.main(["--data", str(flowers), "--held-out", "--image-size", "16", "--epochs", "1",
+                "--workers", "0", "--device", "cpu", "--out", "run"])
+    monkeypatch.setattr(evaluation, "evaluate", lambda encoders, data, *rest: seen.append(data) or
+                        {name: {"knn": {"top1": 1.0}} for name in encoders})
+    seen = []
+    evaluation.main(["knn", "run", "--device", "cpu"])  # of a run with --held-out
+    (data,) = seen
+    assert len(data.test) == 6 and len(data.train) == 30
+    assert torch.load("run/checkpoint.pt", weights_only=True)["config"]["num_images"] == 30

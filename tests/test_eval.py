@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import eval as judging
+import eval as evaluation
 from data.birds import Birds
-from lodisc import create_vit
+from lodisc import UserError, VisionTransformer, create_vit
 
 
 def clusters(n, classes=4, dim=8, spread=1.0, seed=0):
@@ -23,41 +23,41 @@ def clusters(n, classes=4, dim=8, spread=1.0, seed=0):
 def test_logistic_regression_reaches_the_minimum():
     features, labels = clusters(200, spread=2.0)
     for strength in (1.0, 1e-3):
-        weights = judging.fit_logistic(features, labels, 4, strength).double().requires_grad_()
+        weights = evaluation.fit_logistic(features, labels, 4, strength).double().requires_grad_()
         scores = features.double() @ weights[:-1] + weights[-1]
         loss = F.cross_entropy(scores, labels) + strength / 2 * weights[:-1].square().sum()
         loss.backward()
         assert weights.grad.norm() < 1e-3  # convex: no gradient, no better place
-    free = judging.fit_logistic(features, labels, 4, 1e-3)[:-1].norm()
-    assert judging.fit_logistic(features, labels, 4, 1.0)[:-1].norm() < free
+    free = evaluation.fit_logistic(features, labels, 4, 1e-3)[:-1].norm()
+    assert evaluation.fit_logistic(features, labels, 4, 1.0)[:-1].norm() < free
 
 
 def test_linear_probe_scores():
-    result = judging.linear_probe(clusters(400, spread=0.2), clusters(100, spread=0.2, seed=1))
+    result = evaluation.linear_probe(clusters(400, spread=0.2), clusters(100, spread=0.2, seed=1))
     assert result["top1"] == result["top5"] == 1.0
-    assert result["strength"] in judging.STRENGTHS
+    assert result["strength"] in evaluation.STRENGTHS
     features, labels = clusters(400, classes=10, spread=3.0)
     test, test_labels = clusters(200, classes=10, spread=3.0, seed=1)
-    result = judging.linear_probe((features, labels), (test, test_labels))
+    result = evaluation.linear_probe((features, labels), (test, test_labels))
     assert 0.15 < result["top1"] < result["top5"] < 1
-    scaled = judging.linear_probe((features * torch.logspace(-3, 3, 8) + 5, labels),
+    scaled = evaluation.linear_probe((features * torch.logspace(-3, 3, 8) + 5, labels),
                                   (test * torch.logspace(-3, 3, 8) + 5, test_labels))
     assert scaled["top1"] == pytest.approx(result["top1"], abs=0.02)  # standardised
-    again = judging.linear_probe((features, labels), (test, test_labels))
+    again = evaluation.linear_probe((features, labels), (test, test_labels))
     assert again == result
 
 
 def test_linear_probe_is_fitted_again_on_all_of_train(monkeypatch):
     """Strengths are tried on nine tenths, each held out class by class; the last fit has it all."""
-    sizes, real = [], judging.fit_logistic
-    monkeypatch.setattr(judging, "fit_logistic", lambda features, labels, *rest: (
+    sizes, real = [], evaluation.fit_logistic
+    monkeypatch.setattr(evaluation, "fit_logistic", lambda features, labels, *rest: (
         sizes.append((len(features), labels.bincount().tolist(), rest[1])),
         real(features, labels, *rest))[1])
     features, _ = clusters(80)
     labels = torch.arange(80) % 4
-    result = judging.linear_probe((features, labels), (features, labels))
+    result = evaluation.linear_probe((features, labels), (features, labels))
     assert sizes[-1] == (80, [20] * 4, result["strength"])
-    assert sizes[:-1] == [(72, [18] * 4, strength) for strength in judging.STRENGTHS]
+    assert sizes[:-1] == [(72, [18] * 4, strength) for strength in evaluation.STRENGTHS]
 
 
 def test_strength_is_chosen_on_what_was_held_out():
@@ -66,7 +66,7 @@ def test_strength_is_chosen_on_what_was_held_out():
     features[:, 0] += 0.5 * labels
     test = torch.randn(400, 100)
     test[:, 0] += 0.5 * (torch.arange(400) % 2)
-    result = judging.linear_probe((features, labels), (test, torch.arange(400) % 2))
+    result = evaluation.linear_probe((features, labels), (test, torch.arange(400) % 2))
     assert result["strength"] >= 0.1
 
 
@@ -74,7 +74,7 @@ def test_linear_probe_never_fits_the_test_set():
     """Labels that mean nothing: chance on the test set, whatever its labels are."""
     features, test = torch.randn(300, 40), torch.randn(300, 40)
     labels = torch.randint(5, (300,))
-    seen = {round(judging.linear_probe((features, labels), (test, torch.full((300,), c)))["top1"], 6)
+    seen = {round(evaluation.linear_probe((features, labels), (test, torch.full((300,), c)))["top1"], 6)
             for c in range(5)}
     assert abs(sum(seen) - 1) < 1e-4  # one prediction a picture, the same five times
 
@@ -89,8 +89,8 @@ def test_knn_against_a_loop():
         for sim, other in sims:
             votes[other] += math.exp(sim / 0.07)
         right += votes.index(max(votes)) == label
-    assert judging.knn(train, test)["top1"] == right / 50
-    assert judging.knn(train, test, block=7)["top1"] == right / 50
+    assert evaluation.knn(train, test)["top1"] == right / 50
+    assert evaluation.knn(train, test, block=7)["top1"] == right / 50
 
 
 @pytest.mark.parametrize("block", [512, 13])
@@ -108,7 +108,7 @@ def test_retrieval_against_a_loop(block):
         rank5.append(any(hits[:5]))
         found = [sum(hits[: r + 1]) / (r + 1) for r in range(59) if hits[r]]
         precisions.append(sum(found) / len(found))
-    result = judging.retrieval((features, labels), block)
+    result = evaluation.retrieval((features, labels), block)
     mean = lambda values: float(sum(values)) / len(values)
     assert result["rank1"] == pytest.approx(mean(rank1))
     assert result["rank5"] == pytest.approx(mean(rank5))
@@ -119,7 +119,7 @@ def test_retrieval_against_a_loop(block):
 def test_equally_near_images_of_other_classes_come_first():
     """Features that tell nothing apart find nothing: the k right ones stand behind all others."""
     labels = torch.arange(40) % 10  # three others of its class, 36 of another
-    result = judging.retrieval((torch.ones(40, 8), labels))
+    result = evaluation.retrieval((torch.ones(40, 8), labels))
     assert result["rank1"] == result["rank5"] == 0
     assert result["mAP"] == pytest.approx((1 / 37 + 2 / 38 + 3 / 39) / 3)
 
@@ -127,15 +127,15 @@ def test_equally_near_images_of_other_classes_come_first():
 def test_localisation_of_masks_that_are_known(monkeypatch):
     """Importance equal to the bird's share of a patch finds the bird; its opposite avoids it."""
     encoder, birds = create_vit("vit_nano", 48, 8), Birds("test", 60)
-    crop = judging.v2.Compose(judging.plain_crop(48, judging.InterpolationMode.NEAREST))
+    crop = evaluation.v2.Compose(evaluation.plain_crop(48, evaluation.InterpolationMode.NEAREST))
     shares = []
     for i in range(60):
-        bird = torch.from_numpy(judging.np.asarray(crop(birds.regions(i))) >= 1).float()
+        bird = torch.from_numpy(evaluation.np.asarray(crop(birds.regions(i))) >= 1).float()
         shares.append(F.avg_pool2d(bird[None], 8).flatten())
     shares = torch.stack(shares)
     for sign in (1, -1):
-        monkeypatch.setattr(judging, "importance_of", lambda e, batch, name: sign * shares)
-        ratio = judging.localisation(encoder, birds, keep_ratio=0.3)
+        monkeypatch.setattr(evaluation, "importance_of", lambda e, batch, name: sign * shares)
+        ratio = evaluation.localisation(encoder, birds, keep_ratio=0.3)
         kept = shares.sort(1, descending=sign > 0).values[:, :10]
         assert ratio["object"] == pytest.approx((kept.mean() / shares.mean()).item(), rel=1e-5)
         assert (ratio["object"] > 2) == (ratio["parts"] > 1.5) == (sign > 0)
@@ -146,26 +146,80 @@ def test_localisation_of_masks_that_are_known(monkeypatch):
         assert (ratio["pointing_game"] > 0.95) == (sign > 0)
 
 
-def test_masks_picture_shows_picture_heat_and_kept_patches(tmp_path):
-    encoder = create_vit("vit_nano", 48, 8)
-    pictures = [Birds("test", 20)[i][0] for i in range(5)]
-    out = tmp_path / "masks.png"
-    judging.write_masks(encoder, pictures, {"importance": "product", "keep_ratio": 0.3}, out)
-    with Image.open(out) as sheet:
-        pixels = torch.from_numpy(judging.np.array(sheet.convert("RGB")))
+def test_masks_picture_shows_image_heat_and_kept_patches(tmp_path, elsewhere):
+    encoder = VisionTransformer(48, 8, 64, 1, 1)
+    torch.save(encoder.state_dict(), "weights.pth")
+    for i in range(5):
+        Birds("test", 20)[i][0].save(f"{i}.png")
+    evaluation.main(["masks", "weights.pth", *(f"{i}.png" for i in range(5)), "--image-size", "48"])
+    with Image.open("masks.png") as sheet:
+        pixels = torch.from_numpy(evaluation.np.array(sheet.convert("RGB")))
     tile, step, left = 128, 132, sheet.width - 5 * 132
     for column in range(5):
         x = left + column * step
-        picture = pixels[4:4 + tile, x:x + tile]
+        image = pixels[4:4 + tile, x:x + tile]
         kept = pixels[4 + 2 * step:4 + 2 * step + tile, x:x + tile]
         black = (kept == 0).all(-1)
         assert black.float().mean() == pytest.approx(26 / 36, abs=0.03)  # 10 of 36 stay
-        assert torch.equal(kept[~black], picture[~black])
+        assert torch.equal(kept[~black], image[~black])
         assert pixels[4 + step:4 + step + tile, x:x + tile].float().std() > 10
 
 
-def test_merging_keeps_the_other_figures(tmp_path):
-    path = tmp_path / "eval.json"
-    judging.merge_json(path, {"linear": {"top1": 0.5}, "knn": {"top1": 0.2}})
-    judging.merge_json(path, {"linear": {"top1": 0.6}})
-    assert json.loads(path.read_text()) == {"linear": {"top1": 0.6}, "knn": {"top1": 0.2}}
+def test_merging_keeps_other_results_and_splits_off_the_values_per_image(tmp_path):
+    first = {"linear": {"top1": 0.5, "per_image": {"top1": [1, 0]}}, "knn": {"top1": 0.2},
+             "initial": {"linear": {"top1": 0.1, "per_image": {"top1": [0, 0]}}}}
+    evaluation.save_results(tmp_path, first)
+    evaluation.save_results(tmp_path, {"linear": {"top1": 0.6, "per_image": {"top1": [1, 1]}}})
+    assert json.loads((tmp_path / "eval.json").read_text()) == {
+        "linear": {"top1": 0.6}, "knn": {"top1": 0.2}, "initial": {"linear": {"top1": 0.1}}}
+    per_image = json.loads((tmp_path / "per_image.json").read_text())
+    assert per_image["linear"]["per_image"]["top1"] == [1, 1]
+    assert per_image["initial"]["linear"]["per_image"]["top1"] == [0, 0]
+
+
+def test_values_per_image_average_to_the_metrics():
+    train, test = clusters(80, spread=2.0), clusters(60, classes=4, spread=2.0, seed=1)
+    test[1][7] = 3 + test[1].max()  # alone in its class
+    for result in (evaluation.linear_probe(train, test), evaluation.knn(train, test)):
+        hits = result["per_image"]["top1"]
+        assert len(hits) == 60 and sum(hits) / 60 == pytest.approx(result["top1"])
+    result = evaluation.retrieval(test)
+    for name, column in (("rank1", "rank1"), ("rank5", "rank5"), ("mAP", "average_precision")):
+        values = result["per_image"][column]
+        assert len(values) == 60 and values[7] is None
+        assert sum(v for v in values if v is not None) / 59 == pytest.approx(result[name])
+
+
+def test_a_class_of_one_image_is_never_held_out(monkeypatch):
+    labels = torch.cat([torch.zeros(8), torch.arange(1, 31)]).long()  # singletons but for one
+    features, seen, real = torch.randn(38, 5), [], evaluation.fit_logistic
+    monkeypatch.setattr(evaluation, "fit_logistic", lambda features, labels, *rest: (
+        seen.append(labels.unique().tolist()), real(features, labels, *rest))[1])
+    for seed in range(3):
+        evaluation.linear_probe((features, labels), (features, labels), seed)
+    assert all(classes == list(range(31)) for classes in seen) and len(seen) == 21
+
+
+def test_raw_pixels_are_pooled_to_16_px():
+    images = torch.randn(2, 3, 64, 64)
+    features, _ = evaluation.RawPixels()(images)
+    assert torch.allclose(features, torch.nn.functional.avg_pool2d(images, 4).flatten(1), atol=1e-6)
+    assert evaluation.RawPixels()(torch.randn(2, 3, 8, 8))[0].shape == (2, 3 * 8 * 8)
+
+
+def test_features_are_the_class_token_or_the_mean_of_the_patch_tokens():
+    encoder, birds = create_vit("vit_nano", 32, 8), Birds("test", 6)
+    crop = (32, encoder.mean, encoder.std)
+    found = {kind: evaluation.extract({"e": encoder, "p": evaluation.RawPixels()}, birds, crop,
+                                      kind=kind) for kind in ("class", "mean")}
+    images = torch.stack([evaluation.Plain(birds, *crop)[i][0] for i in range(6)])
+    with torch.no_grad():
+        tokens = encoder.tokens(images)[0]
+    assert torch.allclose(found["class"]["e"][0], tokens[:, 0], atol=1e-5)
+    assert torch.allclose(found["mean"]["e"][0], tokens[:, 1:].mean(1), atol=1e-5)
+    assert torch.equal(found["class"]["p"][0], found["mean"]["p"][0])
+
+
+def test_retrieval_needs_a_class_of_two():
+    with pytest.raises(UserError, match="two test images"):
+        evaluation.retrieval((torch.randn(3, 4), torch.arange(3)))

@@ -1,6 +1,7 @@
-"""The tables' arithmetic, and that a held-out part is held out."""
+"""The tables' arithmetic, the schedules, and that runs resume and are compared like with like."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,17 @@ from PIL import Image
 
 import experiments
 import train
-from lodisc import attention_product, load_encoder, location_mask
+from data.birds import Birds
+from data.datasets import Data
+from lodisc import UserError, VisionTransformer, attention_product, location_mask, read_weights
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
+SMALL = ["--image-size", "16", "--batch-size", "10", "--epochs", "1", "--warmup-epochs", "0.5",
+         "--workers", "0"]
+
+
+def lines_of(text):
+    return [line for line in text.splitlines() if line.startswith("|")]
 
 
 def test_paired_difference():
@@ -20,121 +29,135 @@ def test_paired_difference():
     assert experiments.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
 
 
-def test_one_seed_has_no_differences():
-    figures = {"linear": {"top1": 0.5}}
+def test_markdown_rows():
+    """One seed: no differences. Initial weights have a row of their own, below raw pixels."""
+    metrics = {"linear": {"top1": 0.5}}
     columns = {"linear top-1": ("linear", "top1")}
-    rows = experiments.markdown({"global": [figures], "lodisc": [figures]}, columns)
+    rows = experiments.markdown({"global": [metrics], "lodisc": [metrics]}, columns)
     assert rows[2:] == ["| global | 0.500 |", "| lodisc | 0.500 |"]
-    rows = experiments.markdown({"global": [figures] * 2, "lodisc": [figures] * 2}, columns)
+    rows = experiments.markdown({"global": [metrics] * 2, "lodisc": [metrics] * 2}, columns)
     assert rows[4:] == ["| lodisc − global | +0.000 [+0.000, +0.000] |"]
+    metrics = {**metrics, "pixels": {"linear": {"top1": 0.1}}, "initial": {"linear": {"top1": 0.2}}}
+    rows = experiments.markdown({"global": [metrics]}, columns)
+    assert rows[2:] == ["| raw pixels | 0.100 |", "| initial | 0.200 |", "| global | 0.500 |"]
 
 
-def test_held_out_is_train_without_a_fifth_of_every_class(flowers, monkeypatch):
-    folder = experiments.held_out(flowers)
-    parts = {part: {path.relative_to(folder / part) for path in (folder / part).glob("*/*")}
-             for part in ("train", "test")}
-    whole = {path.relative_to(flowers / "train") for path in (flowers / "train").glob("*/*")}
-    assert parts["train"] | parts["test"] == whole and not parts["train"] & parts["test"]
-    for label in range(3):
-        assert sum(path.parent.name == f"class {label}" for path in parts["test"]) == 3  # of 12
-    marker = folder / "marker"
-    marker.touch()
-    assert experiments.held_out(flowers) == folder and marker.exists()  # a table may be reading it
-    next(iter((flowers / "train").glob("*/*"))).unlink()  # other pictures, another folder
-    real, calls = Path.symlink_to, []
-
-    def killed(link, file):
-        calls.append(link)
-        if len(calls) > 5:
-            raise KeyboardInterrupt
-        real(link, file)
-
-    monkeypatch.setattr(Path, "symlink_to", killed)
-    with pytest.raises(KeyboardInterrupt):
-        experiments.held_out(flowers)
-    monkeypatch.setattr(Path, "symlink_to", real)
-    other = experiments.held_out(flowers)  # nothing half done was left in its place
-    assert other != folder and len(list(other.glob("*/*/*"))) == 35
-    parts = [{path.name for path in (other / part / "class 0").iterdir()}
-             for part in ("train", "test")]
-    assert not parts[0] & parts[1]
+def test_rising_weight():
+    model = experiments.Rising(VisionTransformer(16, 4, 8, 1, 2), hidden_dim=8, output_dim=4)
+    weights = []
+    for progress in (0, 0.25, 0.5, 0.75):
+        out = model(*torch.randn(2, 4, 3, 16, 16), progress=progress)
+        weights.append(((out.total - out.global_loss) / out.local_loss).item())
+    assert weights == pytest.approx([0, 0.5, 1, 1], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["rising", "late"])
-def test_schedules_follow_the_run(few_birds, monkeypatch, name):
-    """Four steps: the local loss counts 0, 0.5, 1, 1; masks are random in the first two alone."""
-    counts, random = [], []
-    model, real = experiments.SCHEDULES[name], experiments.LoDisc.pivotal_mask
-
-    def forward(self, *views, whole=model.forward):
-        out = whole(self, *views)
-        counts.append(((out.total - out.global_loss) / out.local_loss).item())
-        return out
-
-    def pivotal_mask(self, view, attentions, generator):
-        mask = real(self, view, attentions, generator)
-        random.append(not torch.equal(mask, location_mask(attention_product(attentions), 0.3)))
-        return mask
-
-    monkeypatch.setattr(model, "forward", forward)
-    monkeypatch.setattr(experiments.LoDisc, "pivotal_mask", pivotal_mask)
-    small = {"image_size": 16, "epochs": 2, "batch_size": 100}
-    monkeypatch.setitem(train.RECIPES, "synthetic", {**train.RECIPES["synthetic"], **small})
-    experiments.RUNS.mkdir(parents=True)
-    folder = experiments.run("synthetic", [name], 0)
-    assert folder.name == f"synthetic-{name}-seed-0" and train.LoDisc is experiments.LoDisc
-    assert counts == pytest.approx([0, 0.5, 1, 1] if name == "rising" else [1] * 4, abs=1e-4)
-    assert random == [name == "late"] * 4 + [False] * 4  # of two views each
+def test_late_masks():
+    model = experiments.Late(VisionTransformer(16, 4, 8, 1, 2), hidden_dim=8, output_dim=4)
+    view1, view2 = torch.randn(2, 4, 3, 16, 16)
+    stored = attention_product(model.momentum_encoder(view1, attention="row")[1])
+    generator, found = torch.Generator().manual_seed(0), []
+    for progress in (0, 0.49, 0.5, 0.9, 0.1):
+        masks = model(view1, view2, generator, progress).masks
+        found.append(torch.equal(masks[0], location_mask(stored, 0.3)))
+    assert found == [False, False, True, True, False]
 
 
-def test_pictures_that_cannot_be_judged_are_refused_at_once(flowers, monkeypatch):
-    monkeypatch.setattr(train, "save_checkpoint", train.save_checkpoint)  # given back afterwards
-    with pytest.raises(ValueError, match="training without evaluation"):
+def test_method_file_import_is_harmless(monkeypatch):
+    """Loading experiments.py as a method file patches nothing and writes nothing."""
+    monkeypatch.setitem(sys.modules, "experiments", experiments)  # given back afterwards
+    before = {name: id(value) for name, value in vars(train).items()}
+    options, path = experiments.TABLES["variants"]["local loss rises"], list(sys.path)
+    loaded = experiments.evaluation.load_method(options[1])
+    assert issubclass(loaded, train.load_encoder.__globals__["LoDisc"])
+    assert {name: id(value) for name, value in vars(train).items()} == before
+    assert not list(Path().iterdir()) and set(sys.path) == set(path)
+
+
+def test_held_out_tables_leave_test_images_closed(flowers, monkeypatch, capsys):
+    assert experiments.HELD_OUT == ("recipe", "variants")
+    for path in (flowers / "test").rglob("*.jpg"):
+        path.write_text("no image")
+    monkeypatch.setitem(experiments.TABLES, "recipe", {"global": ["--method", "global", *SMALL]})
+    experiments.main(["recipe", str(flowers), "--seeds", "0"])
+    assert lines_of(capsys.readouterr().out)[-1].startswith("| global | ")
+    folder, = experiments.RUNS.iterdir()
+    assert folder.name.startswith("flowers-held-out-method-global-")
+    config = read_weights(folder)["config"]
+    assert config["held_out"] and config["num_images"] == 30  # four fifths of 36, by class
+
+
+def test_options_of_tables_are_valid():
+    for rows in experiments.TABLES.values():
+        for options in rows.values():
+            train.parse_args(options)
+
+
+def test_named_data_root_is_passed_on(tmp_path):
+    with pytest.raises(UserError, match=f"flowers17.*{tmp_path}/nowhere"):
+        experiments.main(["masks", "flowers17", "--data-root", str(tmp_path / "nowhere")])
+
+
+def test_unlabelled_images_are_refused_at_once(flowers):
+    with pytest.raises(UserError, match="training without evaluation"):
         experiments.main(["methods", str(flowers / "train")])
+    with pytest.raises(UserError, match="at most 10, got 11"):
+        experiments.main(["methods", "--seeds", *map(str, range(11))])
+    assert not experiments.RUNS.exists()
 
 
-def test_a_table_from_the_shell(few_birds, monkeypatch, capsys):
-    """Two rows, two seeds; what is there is not trained again; another data set is not taken."""
-    monkeypatch.setattr(experiments, "TABLES", {"methods": {"global": ["--method", "global"],
-                                                            "lodisc": []}})
-    monkeypatch.setattr(experiments, "BIRDS", experiments.Birds("test", 8))
-    small = {"image_size": 16, "epochs": 2, "batch_size": 50}
-    monkeypatch.setitem(train.RECIPES, "synthetic", {**train.RECIPES["synthetic"], **small})
+def test_table_of_seeds(monkeypatch, capsys):
+    """Two rows, two seeds; finished runs are not trained again, killed ones resume."""
+    data = Data(Birds("train", 60), Birds("test", 40))
+    for script in (train, experiments.evaluation):
+        monkeypatch.setattr(script, "load_data", lambda *args, **options: data)
+    small = {**train.RECIPES["birds"], "image_size": 16, "epochs": 2, "batch_size": 20}
+    monkeypatch.setitem(train.RECIPES, "birds", small)
+    options = ["--workers", "0"]
+    rising = [*experiments.TABLES["variants"]["local loss rises"], *options]
+    monkeypatch.setitem(experiments.TABLES, "methods", {"lodisc": options, "rising": rising})
+    monkeypatch.setitem(sys.modules, "experiments", experiments)  # given back afterwards
     real, begun = train.main, []
     monkeypatch.setattr(train, "main", lambda argv: begun.append(argv) or real(argv))
-    monkeypatch.setattr(train, "save_checkpoint", train.save_checkpoint)  # given back afterwards
-    experiments.main(["methods", "--seeds", "0", "1"])
-    first = capsys.readouterr().out
-    lines = [line for line in first.splitlines() if line.startswith("|")]
-    assert [line.split(" |")[0] for line in lines] == \
-        ["|", "|---|---|---|---|---|---|---|", "| raw pixels", "| untrained", "| global",
-         "| lodisc", "| lodisc − global"]
-    folders = sorted(path.name for path in experiments.RUNS.iterdir())
-    assert folders == ["synthetic-method-global-seed-0", "synthetic-method-global-seed-1",
-                       "synthetic-seed-0", "synthetic-seed-1"]
-    figures = [json.loads((experiments.RUNS / name / "eval.json").read_text())["linear"]["top1"]
-               for name in folders]
-    assert experiments.spread(figures[2:]) in lines[5]
-    assert experiments.difference(figures[2:], figures[:2]) in lines[6]
-    looks = experiments.read_looks(experiments.RUNS / "synthetic-seed-0" / "looks.csv")
-    assert [row[0] for row in looks] == [0, 4, 8]
-    found = experiments.judging.localisation(
-        load_encoder(experiments.RUNS / "synthetic-seed-0", momentum=True), experiments.BIRDS)
-    assert looks[-1][1:] == pytest.approx((found["object"], found["parts"]), abs=1e-6)
+    experiments.main(["methods", "--seeds", "1", "0", "0"])
+    lines = lines_of(capsys.readouterr().out)
+    assert lines[0] == ("| | linear top-1 | k-NN top-1 | rank-1 | mAP | on the bird | "
+                        "on its parts |")
+    assert [line.split(" |")[0] for line in lines[2:]] == \
+        ["| raw pixels", "| untrained", "| lodisc", "| rising", "| rising − lodisc"]
+    folders = sorted(experiments.RUNS.iterdir())
+    assert [folder.name for folder in folders] == [
+        "synthetic-method-Rising-workers-0-seed-0", "synthetic-method-Rising-workers-0-seed-1",
+        "synthetic-workers-0-seed-0", "synthetic-workers-0-seed-1"]
+    top1, object_ = ([json.loads((folder / "eval.json").read_text())[part][key]
+                      for folder in folders] for part, key in (
+                          ("linear", "top1"), ("localisation", "object")))
+    assert experiments.spread(top1[2:]) in lines[4]
+    assert experiments.difference(top1[:2], top1[2:]) in lines[6]
+    assert experiments.difference(object_[:2], object_[2:]) in lines[6]
+    history = read_weights(folders[1])["history"]  # weights 0, 1/3, 2/3 in the first epoch
+    assert history[0]["total"] < history[0]["global_loss"] + history[0]["local_loss"] - 0.1
 
-    monkeypatch.setattr(experiments, "ROOT", Path("."))
-    Path("data").mkdir()
-    experiments.main(["pictures", "--seeds", "0", "1"])
-    for name in ("masks.png", "looks.png"):
-        assert Path("data", name).stat().st_size < 100_000
-        assert len(Image.open(Path("data", name)).getcolors()) > 5  # something is drawn
-
-    Path("runs/experiments/synthetic-seed-1/eval.json").unlink()  # killed before it was judged
+    (folders[2] / "eval.json").unlink()  # killed before it was evaluated
+    for path in folders[1].glob("*.*"):  # killed before its first checkpoint
+        if path.name != "config.json":
+            path.unlink()
     begun.clear()
     experiments.main(["methods", "--seeds", "0", "1"])
-    again = capsys.readouterr().out
-    assert begun == [["--resume", "runs/experiments/synthetic-seed-1"]]
-    assert [line for line in again.splitlines() if line.startswith("|")] == lines
-    with pytest.raises(ValueError, match="is a run with epochs 2; move it away"):
-        monkeypatch.setitem(train.RECIPES["synthetic"], "epochs", 3)  # another recipe since then
-        experiments.run("synthetic", [], 0)
+    assert [argv[-2:] for argv in begun] == [["--resume", str(folders[2])],
+                                             ["--out", str(folders[1])]]
+    assert lines_of(capsys.readouterr().out) == lines  # bit for bit
+
+    begun.clear()  # a setting that may change with --resume does not make a run stale
+    assert experiments.run("synthetic", options, 0, "elsewhere") == folders[2] and not begun
+    small["epochs"] = 3  # another recipe since then
+    with pytest.raises(UserError, match="is a run with epochs 2; move it away"):
+        experiments.run("synthetic", options, 0)
+
+    small["epochs"] = 2
+    monkeypatch.setattr(experiments, "ROOT", Path())
+    monkeypatch.setitem(experiments.TABLES, "methods", {"lodisc": options, "global": rising})
+    Path("tests/pictures").mkdir(parents=True)
+    experiments.main(["pictures", "--seeds", "0"])
+    picture = Path("tests/pictures/masks.png")
+    assert picture.stat().st_size < 100_000 and len(Image.open(picture).getcolors()) > 5
+    assert not begun and len(list(Path("tests").rglob("*.*"))) == 1

@@ -1,49 +1,77 @@
-"""What the README names exists, what it tells to type is understood, and its shapes are right."""
+"""The names, options, commands, links and shapes of the documentation are those of the code."""
 
 import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import assignment
 import benchmark
-import eval as judging
+import eval as evaluation
 import experiments
 import train
 from data.datasets import NAMES
-from lodisc import ARCHITECTURES, IMPORTANCES, LOCAL_INPUTS, MASKS, METHODS, LoDisc, create_vit
+from lodisc import (ARCHITECTURES, IMPORTANCES, LOCAL_INPUTS, MASKS, METHODS, LoDisc, LoDiscOutput,
+                    create_vit)
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-PAGES = README + (ROOT / "data" / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "data" / "README.md",
+                                             ROOT / "tests" / "RESULTS.md") if path.exists()}
+README = PAGES[ROOT / "README.md"]
 MODULES = [importlib.import_module(name) for name in
            ("lodisc", "train", "eval", "data.augment", "data.birds", "data.datasets", "data.draw",
-            "data.flowers17", "data.run", "data.weights", "torch")]
-PARSERS = {"train.py": train.parse_args, "eval.py": judging.parse_args,
-           "data/flowers17.py": lambda words: [Path(word) for word in words],
+            "torch")]
+PARSERS = {"train.py": train.parse_args, "eval.py": evaluation.parse_args,
            "tests/experiments.py": experiments.parse_args,
            "tests/benchmark.py": benchmark.parse_args,
            "tests/assignment.py": lambda words: Path(*words)}
-WORDS = {*ARCHITECTURES, *METHODS, *MASKS, *IMPORTANCES, *LOCAL_INPUTS, *NAMES, *train.COLUMNS,
-         *experiments.TABLES, "imagenet"}
-LEFT_BY_A_RUN = {"config.json", "metrics.csv", "checkpoint.pt", "eval.json", "run.png", "masks.png",
-                 "encoder.pth"}
+# metrics.csv's columns, the checkpoint's record, a method's attributes and arguments, option values
+WORDS = {"epoch", "step", *LoDiscOutput._fields, "loss", "lr", "images_per_second", "seconds",
+         "config", *inspect.signature(LoDisc).parameters, "momentum_encoder",
+         *inspect.signature(LoDisc.forward).parameters, "datasets",
+         *ARCHITECTURES, *METHODS, *MASKS, *IMPORTANCES, *LOCAL_INPUTS, *NAMES, *train.WEIGHTS,
+         *train.parse_args([])[1], *experiments.TABLES, "class", "mean"}
+LEFT_BY_A_RUN = {"config.json", "metrics.csv", "checkpoint.pt", "eval.json", "per_image.json",
+                 "run.png", "masks.png", "encoder.pth"}
+FENCED = re.compile(r"^ *(```|~~~)(.*)\n((?:.*\n)*?) *\1", re.M)
+NO_NAME = (r"(DIR|RUN|FILE|WEIGHTS|FOLDER|OUT|NAME|CLASS|VALUE|PATH|forward|timm)\b|.*/$|"
+           r"[a-z.]+\.(edu|org|gz)\b")
 
 
-def blocks(text):
-    """The indented and fenced blocks' lines, continued lines joined."""
-    text = re.sub(r"```\w*\n.*?```", "", text, flags=re.S)  # Python, which another test runs
-    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()
-             if line.startswith("    ")]
-    return [line for line in lines if re.match(r"(python|torchrun|pip|cd) ", line)]
+def commands(text):
+    """Return the commands of indented and fenced blocks of any language, continued lines joined."""
+    fenced = [block for _, _, block in FENCED.findall(text)]
+    indented = re.findall(r"^    .*\n", FENCED.sub("", text), re.M)
+    lines = re.sub(r"\\\n", " ", "".join(fenced + indented)).splitlines()
+    lines = [line.strip().removeprefix("$ ") for line in lines]
+    return [line for line in lines if re.match(r"(\w+=\S+ )*(python|torchrun|pip|cd) ", line)]
 
 
 def spans(text):
-    text = re.sub(r"```.*?```", "", text, flags=re.S)
-    return [re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", text)]
+    return [re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", FENCED.sub("", text))]
+
+
+def all_commands():
+    found = [command for text in PAGES.values() for command in commands(text)
+             + [span for span in spans(text) if re.match(r"(python|torchrun) ", span)]]
+    return sorted({command.split("#")[0].strip() for command in found})
+
+
+@pytest.mark.parametrize("begin, end", [("", ""), *((f"{fence}{language}\n", f"{fence}\n") for
+                                                    fence in ("```", "~~~") for language in
+                                                    ("", "sh", "python", "console x=1"))])
+def test_commands_found_in_any_block(begin, end):
+    indent = "" if begin else "    "
+    lines = ["python train.py --epochs \\", "    3 --lr 1", "$ torchrun train.py  # 8", "x = 1"]
+    text = f"Words\n\n{begin}" + "".join(indent + line + "\n" for line in lines) + end + "\nWords\n"
+    found = [re.sub(" +", " ", command) for command in commands(2 * text)]
+    assert found == 2 * ["python train.py --epochs 3 --lr 1", "torchrun train.py # 8"]
+    assert spans(text + "`a  b`") == ["a b"]
 
 
 def exists(name):
@@ -58,78 +86,93 @@ def exists(name):
 
 
 @pytest.mark.parametrize("name", sorted({
-    span for span in spans(README) if re.fullmatch(r"[A-Za-z_][\w./]*(\(\))?", span)
-    and not re.match(r"(DIR|RUN|FILE|FOLDER|OUT|forward|timm)\b|.*/$", span)}))
+    span for text in PAGES.values() for span in spans(text)
+    if re.fullmatch(r"[A-Za-z_][\w./]*(\(\))?", span) and not re.match(NO_NAME, span)}))
 def test_names(name):
-    assert exists(name), f"the README names {name}, which is not there"
+    assert exists(name), f"the documentation names {name}, which is not there"
 
 
-def options():
-    texts = [span for span in spans(PAGES) if span.startswith("--")] + blocks(PAGES)
-    found = (re.findall(r"(?<!\S)--[a-z][a-z-]*", text) for text in texts)
-    return sorted(set(sum(found, [])))
+def test_links():
+    for path, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
 def test_options(capsys):
-    known = {"--nproc_per_node"}
-    for parse in (train.parse_args, judging.parse_args, experiments.parse_args):
+    known = {"--nproc_per_node", "--nproc", "--rounds", "--help"}
+    for parse in (train.parse_args, evaluation.parse_args, experiments.parse_args):
         with pytest.raises(SystemExit):
             parse(["--help"])
         known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-    assert options() and [option for option in options() if option not in known | {
-        "--nproc", "--rounds", "--help"}] == []
+    texts = [span for text in PAGES.values() for span in spans(text) if span.startswith("--")]
+    found = re.findall(r"(?<!\S)--[a-z][a-z_-]*", "\n".join(texts + all_commands()))
+    assert found and set(found) <= known
 
 
-@pytest.mark.parametrize("line", sorted(set(
-    [span for span in spans(PAGES) if re.match(r"(python|torchrun) ", span)] + blocks(PAGES))))
+@pytest.mark.parametrize("line", all_commands())
 def test_commands(line):
-    for command in line.split("#")[0].split("&&"):
-        program, *words = shlex.split(command.replace("...", ""))
+    for command in line.split("&&"):
+        words = shlex.split(command.replace("...", ""))
+        while "=" in words[0]:  # environment
+            words.pop(0)
+        program, *words = words
         if program == "torchrun":
             assert words.pop(0).startswith("--nproc_per_node=")
-            words = ["train.py", *words[1:]]
         elif program != "python" or words[0] == "-m":
-            assert (program, *words[:2]) in (("pip", "install", "-r"), ("python", "-m", "pytest"))
+            assert (program, *words[:2]) in (("pip", "install", "-r"), ("python", "-m", "pytest"),
+                                             ("python", "-m", "venv"))
             continue
         script, *arguments = words
         assert (ROOT / script).is_file()
-        if "--help" not in arguments:
-            PARSERS[script](arguments)
+        if "--help" in arguments:
+            continue
+        parsed = PARSERS[script](arguments)
+        if script == "train.py":
+            given = parsed[0]
+            assert given.get("method", "lodisc") in METHODS or ".py:" in given["method"]
 
 
 @torch.no_grad()
 def test_shapes():
     """Of the default run's batch, as the walk-through gives them."""
     model, seen = LoDisc(create_vit("vit_nano", 48, 8), hidden_dim=512, output_dim=128), {}
-    for name in ("query", "global_key", "pivotal_mask", "local_key"):
+    for name in ("query", "global_key", "local_key"):
         def call(*args, method=getattr(model, name), name=name):
-            seen[name] = args, method(*args)
-            return seen[name][1]
+            seen[name] = method(*args)
+            return seen[name]
         setattr(model, name, call)
     views = torch.randn(2, 128, 3, 48, 48)
     out = model(*views)
-    key, attentions = seen["global_key"][1]
-    tensors = {"views": views[0], "queries": seen["query"][1], "keys": key, "row": attentions[0],
-               "mask": out.masks[0], "local": seen["local_key"][1],
+    key, attentions = seen["global_key"]
+    tensors = {"views": views[0], "queries": seen["query"], "keys": key, "row": attentions[0],
+               "mask": out.masks[0], "local": seen["local_key"],
+               "tokens": model.encoder.tokens(views[0])[0],
                "features": model.encoder(views[0])[0]}
     assert len(attentions) == 4 and out.masks[0].sum(1).eq(10).all()
     for name, tensor in tensors.items():
         assert str(tuple(tensor.shape)) in README, name
 
 
-def test_the_python_in_it_runs(few_birds, tmp_path, monkeypatch):
-    block, = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    monkeypatch.chdir(tmp_path)
-    from PIL import Image
+def test_python_blocks_run(few_birds, elsewhere):
+    """Those that make features of a run's checkpoint, and methods, which train for an epoch."""
+    blocks = [block for _, language, block in FENCED.findall(README) if language == "python"]
     Image.new("RGB", (60, 50), (90, 80, 200)).save("bird.jpg")
-    train.main(["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--epochs", "1",
-                "--batch-size", "100", "--device", "cpu", "--method", "global"])
-    Path("runs/synthetic-global-1").rename("runs/synthetic-lodisc-1")
-    names = {}
-    exec(block, names)
-    assert names["features"].shape == (1, 96)
+    small = ["--image-size", "16", "--epochs", "1", "--batch-size", "100", "--device", "cpu",
+             "--workers", "0"]
+    train.main([*small, "--method", "global", "--out", "runs/synthetic-lodisc-1"])
+    features, methods = [], []
+    for i, block in enumerate(blocks):
+        names = {}
+        exec(block, names)
+        features += [names["features"]] if "features" in names else []
+        for name in [name for name, value in names.items() if isinstance(value, type)
+                     and issubclass(value, LoDisc) and value is not LoDisc]:
+            Path(f"method_{i}.py").write_text(block)
+            train.main([*small, "--method", f"method_{i}.py:{name}", "--out", f"runs/{name}"])
+            methods.append(name)
+    assert methods and features and all(tensor.shape == (1, 96) for tensor in features)
 
 
-def test_the_kit_has_as_many_functions_as_said():
+def test_number_of_exercises():
     count = sum(len(names) for _, names in assignment.EXERCISES.values())
     assert f"bodies of {['nine', 'ten', 'eleven', 'twelve'][count - 9]} functions" in README

@@ -1,11 +1,11 @@
-"""Nothing lost: runs that are killed, stopped, or find their disk full."""
+"""Nothing lost: runs that are killed, interrupted, or find their disk full."""
 
 import csv
-import json
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval as evaluation
 import train
 from conftest import same, weights
+from lodisc import LoDisc, UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(__file__).parent.parent
 SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--warmup-epochs", "1",
          "--batch-size", "12", "--device", "cpu"]
+
+
+class Killed(Exception):
+    """What a test raises in place of a SIGKILL."""
 
 
 def rows(folder):
@@ -30,102 +36,141 @@ def rows(folder):
                 for row in csv.DictReader(file)]
 
 
-def begin(*arguments):
+def begin(*arguments, **options):
     return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
-def wait_for_epochs(process, count):
-    """Read what the run prints until so many more epochs are done; False at its end."""
+def wait_for(process, start, count):
+    """Read what the run prints until so many lines more begin so; False at its end."""
     for line in process.stdout:
-        count -= line.startswith("epoch")
+        count -= line.startswith(start)
         if count == 0:
             return True
     return False
 
 
+def options_of(flowers, epochs, workers=0):
+    return ["--data", str(flowers / "train"), *SMALL, "--epochs", str(epochs), "--workers",
+            str(workers), "--mask", "random", "--out"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("workers, kills", [(0, 20), (1, 3), (2, 3)])
-def test_a_run_killed_at_any_moment_ends_where_an_uninterrupted_one_ends(flowers, workers, kills):
-    rng = random.Random(workers)
-    options = ["--data", flowers / "train", *SMALL, "--epochs", 4 * kills + 4,
-               "--workers", workers]
-    process = begin(*options, "--out", "killed")
-    for _ in range(kills):
-        assert wait_for_epochs(process, rng.randint(1, 3))
-        time.sleep(rng.uniform(0, 0.1))
+@pytest.mark.parametrize("workers, kills", [(0, 9), (2, 3)])
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(flowers, workers, kills):
+    """The first two kills fall into the first epoch."""
+    rng, epochs = random.Random(workers), 3 * kills + 3
+    options = options_of(flowers, epochs, workers)
+    process = begin(*options, "killed")
+    for kill in range(kills):
+        assert wait_for(process, *(("precision", 1) if kill < 2 else ("epoch", rng.randint(1, 2))))
+        time.sleep(rng.uniform(0, 0.15))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        process = begin("--resume", "killed")
+        if not Path("killed/checkpoint.pt").exists():  # killed before step 0 was written
+            shutil.rmtree("killed")
+            process = begin(*options, "killed")
+        else:
+            process = begin("--resume", "killed")
     output, error = process.communicate(timeout=200)
     assert process.returncode == 0, error
-    train.main([*map(str, options), "--out", "whole"])
+    train.main([*options, "whole"])
     assert same(weights("killed"), weights("whole"))
     assert rows("killed") == rows("whole")
     assert sorted(p.name for p in Path("killed").iterdir()) == \
         ["checkpoint.pt", "config.json", "metrics.csv", "run.png"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_at_the_end_of_the_step(flowers, number):
-    """To the whole group, as a terminal's Ctrl-C: the loading processes must outlive it."""
-    options = ["--data", flowers / "train", *SMALL, "--epochs", 300, "--workers", 2]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, options), "--out", "stopped"], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    assert wait_for_epochs(process, 2)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_loses_the_epoch_under_way_and_nothing_else(flowers, number):
+    """To the whole group, loading processes too, as a terminal's Ctrl-C."""
+    options = options_of(flowers, 40, 2)
+    process = begin(*options, "stopped", start_new_session=True)
+    assert wait_for(process, "epoch", 2)
     os.killpg(process.pid, number)
     _, error = process.communicate(timeout=100)
-    assert process.returncode != 0 and "Traceback" not in error
-    assert "python train.py --resume stopped" in error
-    checkpoint = torch.load("stopped/checkpoint.pt", weights_only=True)
-    assert 6 <= checkpoint["step"] < 900
-
-
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
-def test_a_run_stopped_within_an_epoch_goes_on_from_that_step(flowers, monkeypatch, stop_at):
-    options = ["--data", str(flowers / "train"), *SMALL, "--epochs", "2", "--workers", "0",
-               "--mask", "random", "--out"]
+    if number == signal.SIGINT:
+        assert process.returncode == 2 and error.count("\n") == 1
+        assert "python train.py --resume stopped" in error
+    step = torch.load("stopped/checkpoint.pt", weights_only=True)["step"]
+    assert 3 <= step < 120 and step % 3 == 0
+    train.main(["--resume", "stopped", "--workers", "1"])
     train.main([*options, "whole"])
-    done, real = [], train.LoDisc.update_momentum
+    assert same(weights("stopped"), weights("whole")) and rows("stopped") == rows("whole")
 
-    def step_then_signal(self, m):
+
+@pytest.mark.parametrize("kill_at", [1, 3, 5])
+def test_a_run_killed_within_an_epoch_resumes_from_its_beginning(flowers, monkeypatch, kill_at):
+    options = options_of(flowers, 3)
+    train.main([*options, "whole"])
+    done, real = [], LoDisc.update_momentum
+
+    def step_then_die(self, m):
         real(self, m)
         done.append(m)
-        if len(done) == stop_at:
-            signal.raise_signal(signal.SIGTERM)
+        if len(done) == kill_at:
+            raise Killed
 
-    monkeypatch.setattr(train.LoDisc, "update_momentum", step_then_signal)
-    with pytest.raises(SystemExit, match="--resume part"):
+    monkeypatch.setattr(LoDisc, "update_momentum", step_then_die)
+    with pytest.raises(Killed):
         train.main([*options, "part"])
-    assert len(done) == stop_at
-    assert torch.load("part/checkpoint.pt", weights_only=True)["step"] == stop_at
+    checkpoint = torch.load("part/checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == (kill_at - 1) // 3 * 3  # step 0 is written before the first batch
     train.main(["--resume", "part"])
-    assert len(done) == 6  # no step twice
+    assert len(done) == kill_at + 9 - (kill_at - 1) // 3 * 3
     assert same(weights("whole"), weights("part")) and rows("whole") == rows("part")
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_what_stands_in_a_run_is_cut_back_or_refused(flowers):
-    options = ["--data", str(flowers / "train"), *SMALL, "--epochs", "2", "--workers", "0", "--out"]
+def test_only_settings_of_place_may_change_with_resume(flowers, capsys):
+    options = options_of(flowers, 2)
     train.main([*options, "run"])
-    whole, table = weights("run"), rows("run")
+    for odd in (["--epochs", "3"], ["--seed", "1"], ["--method", "global"]):
+        with pytest.raises(UserError, match=f"other settings for {odd[0][2:]}"):
+            train.main(["--resume", "run", *odd])
+    train.main(["--resume", "run", *options[:-1]])  # the very same settings
+    shutil.move(flowers, "moved")
+    train.main(["--resume", "run", "--data", "moved/train", "--workers", "1", "--device", "cpu"])
+    config = torch.load("run/checkpoint.pt", weights_only=True)["config"]
+    assert config["data"] == str(Path("moved/train").resolve()) and config["workers"] == 1
+    next(Path("moved/train/class 0").iterdir()).unlink()
+    with pytest.raises(UserError, match="expected 36 training images, got 35"):
+        train.main(["--resume", "run"])
+
+
+def test_a_copied_checkpoint_works_alone(flowers, capsys):
+    options = ["--data", str(flowers), *SMALL, "--epochs", "1", "--workers", "0", "--out"]
+    train.main([*options, "run"])
+    Path("copy").mkdir()
+    shutil.copy("run/checkpoint.pt", "copy/checkpoint.pt")
+    shutil.rmtree("run")
+    evaluation.main(["knn", "copy/checkpoint.pt", "--workers", "0"])
+    evaluation.main(["masks", "copy", "--workers", "0"])
+    train.main(["--resume", "copy/checkpoint.pt"])
+    assert sorted(path.name for path in Path("copy").iterdir()) == [
+        "checkpoint.pt", "config.json", "eval.json", "masks.png", "metrics.csv", "per_image.json",
+        "run.png"]
+
+
+def test_what_is_no_run_is_refused(flowers, tmp_path):
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match="no such file"):
+        train.main(["--resume", "empty"])
+    for contents, says in ((b"half a checkpoint", "cannot be read"), (None, "not a run's")):
+        torch.save({"model": {}}, "empty/checkpoint.pt")
+        if contents:
+            Path("empty/checkpoint.pt").write_bytes(contents)
+        with pytest.raises(UserError, match=says):
+            train.main(["--resume", "empty"])
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(flowers):
+    train.main([*options_of(flowers, 2), "run"])
+    table = rows("run")
     with open("run/metrics.csv", "a") as file:
         file.write("3,9,half a li")
-    train.main(["--resume", "run"])  # nothing left to do
+    train.main(["--resume", "run"])
     assert rows("run") == table
-    (Path("run") / "checkpoint.pt").unlink()
-    Path("run/metrics.csv").write_bytes(b"\xff\x00 damaged")
-    train.main(["--resume", "run"])  # from the beginning
-    assert same(whole, weights("run")) and rows("run") == table
-
-    train.main([*options, "wide", "--arch", "vit_tiny"])
-    (Path("run") / "checkpoint.pt").write_bytes((Path("wide") / "checkpoint.pt").read_bytes())
-    with pytest.raises(ValueError, match="arch"):
-        train.main(["--resume", "run"])
-    (Path("run") / "checkpoint.pt").write_bytes(b"half a checkpoint")
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        train.main(["--resume", "run"])
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(flowers):
@@ -133,87 +178,76 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(flowers):
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--data", flowers / "train", *SMALL, "--epochs", "1",
-         "--workers", "0", "--out", "full"], capture_output=True, text=True,
-        preexec_fn=small_files)
+        [sys.executable, ROOT / "train.py", *options_of(flowers, 1), "full"], capture_output=True,
+        text=True, preexec_fn=small_files)
     assert done.returncode == 2 and re.fullmatch(r"train\.py: .*checkpoint\.pt.*\n", done.stderr)
-    assert sorted(p.name for p in Path("full").iterdir()) == ["config.json", "metrics.csv"]
+    assert sorted(p.name for p in Path("full").iterdir()) == ["config.json"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(flowers):
     Path("file").touch()  # not a read-only folder: root, as in a container, may write anywhere
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--data", flowers / "train", *SMALL,
-                           "--out", "file/run"], capture_output=True, text=True)
-    assert done.returncode == 2 and re.fullmatch(r"train\.py: .*file/run.*\n", done.stderr)
+    with pytest.raises(UserError, match="file/run"):
+        train.main([*options_of(flowers, 1), "file/run"])
 
 
-@pytest.mark.parametrize("message", ["CUDA out of memory. Tried", "DefaultCPUAllocator: can't "
-                                     "allocate memory: you tried"])
-def test_out_of_memory_names_batch_and_size(flowers, monkeypatch, message):
-    def full(*_):
-        raise RuntimeError(message)
-
-    monkeypatch.setattr(train.LoDisc, "query", full)
-    with pytest.raises(ValueError, match="--batch-size 12 and --image-size 16"):
-        train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", "--workers", "0"])
-
-
-def test_a_checkpoint_holds_what_the_run_has_seen(flowers, monkeypatch):
-    """The film of masks from the beginning on, and the random state, for what a fork may draw."""
-    options = ["--data", str(flowers / "train"), *SMALL, "--epochs", "9", "--workers", "0", "--out"]
+def test_a_checkpoint_has_the_film_and_the_random_state(flowers, monkeypatch):
+    """Masks of every epoch, and torch's random state, for what a fork may draw."""
+    options = options_of(flowers, 4)
     train.main([*options, "whole"])
-    film = torch.load("whole/checkpoint.pt", weights_only=True)["film"]
-    assert [step for step, _ in film] == [3 * epoch for epoch in (0, 1, 3, 4, 5, 6, 8, 9)]
-    settings = json.loads(Path("whole/config.json").read_text())
-    first = train.build_model(settings)
-    plain = train.Plain(train.load_data(settings["data"]).train, settings["image_size"],
-                        settings["mean"], settings["std"])
-    pictures = torch.stack([plain[i * len(plain) // 8][0] for i in range(8)])
-    for step, mask in film:
+    checkpoint = torch.load("whole/checkpoint.pt", weights_only=True)
+    config, film = checkpoint["config"], checkpoint["film"]
+    assert [epoch for epoch, _ in film] == [0, 1, 2, 3, 4]
+    plain = train.augment.Plain(train.load_data(config["data"]).train, config["image_size"],
+                                config["mean"], config["std"])
+    images = torch.stack([plain[i * len(plain) // 8][0] for i in range(8)])
+    model = train.build_model(config)
+    for _, mask in film:
         assert mask.shape == (8, 4) and mask.dtype == torch.bool and (mask.sum(1) == 1).all()
-    assert torch.equal(film[0][1], train.pivotal_masks(first, pictures))
-    last = weights("whole")
-    first.load_state_dict(last)
-    assert torch.equal(film[-1][1], train.pivotal_masks(first, pictures))
+    assert torch.equal(film[0][1], model.masks(images))
+    model.load_state_dict(weights("whole"))
+    assert torch.equal(film[-1][1], model.masks(images))
 
-    drawn, real = [], train.LoDisc.update_momentum
+    drawn, real = [], LoDisc.update_momentum
 
-    def draw_and_stop(self, m):
+    def draw(self, m):
         real(self, m)
         drawn.append(torch.rand(1).item())
-        if stop_at == len(drawn):
-            signal.raise_signal(signal.SIGTERM)
+        if len(drawn) == stop_at:
+            raise Killed
 
-    monkeypatch.setattr(train.LoDisc, "update_momentum", draw_and_stop)
+    monkeypatch.setattr(LoDisc, "update_momentum", draw)
     stop_at = None
     train.main([*options, "again"])
-    without, stop_at = list(drawn), 13
+    without, stop_at = list(drawn), 8
     drawn.clear()
-    with pytest.raises(SystemExit):
+    with pytest.raises(Killed):
         train.main([*options, "part"])
+    kept = drawn[:6]  # two whole epochs
+    drawn.clear()
+    stop_at = None
     train.main(["--resume", "part"])
-    assert drawn == without and len(set(drawn)) == 27
-    parts = torch.load("part/checkpoint.pt", weights_only=True)["film"]
-    assert all(a == b and torch.equal(c, d) for (a, c), (b, d) in zip(parts, film, strict=True))
+    assert kept + drawn == without and len(set(without)) == 12
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(flowers, monkeypatch):
-    done, real = [], train.LoDisc.forward
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nan_never_reaches_a_checkpoint(flowers, monkeypatch, what):
+    """Also if the loss is finite and its gradient is not."""
+    done, real = [], LoDisc.forward
 
-    def forward(self, *views):
-        output = real(self, *views)
+    def forward(self, *args):
+        output = real(self, *args)
         done.append(output)
-        return output._replace(total=output.total * float("nan")) if len(done) == 5 else output
+        if len(done) != 6:
+            return output
+        if what == "loss":
+            return output._replace(total=output.total * float("nan"))
+        return output._replace(total=output.total + (output.total * 0).sqrt())
 
-    monkeypatch.setattr(train.LoDisc, "forward", forward)
-    with pytest.raises(ValueError, match="not finite by step 6, learning rate .*--lr.*bad"):
-        train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "9", "--workers", "0",
-                    "--out", "bad"])
-    done.clear()
-    monkeypatch.setattr(train, "CHECK_EVERY", 1)
-    with pytest.raises(ValueError, match="not finite by step 5,"):  # within an epoch too
-        train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "9", "--workers", "0",
-                    "--out", "early"])
+    monkeypatch.setattr(LoDisc, "forward", forward)
+    what = "loss" if what == "loss" else "model"
+    with pytest.raises(UserError, match=f"the {what} is not finite after step 6, learning rate "
+                       r"\d.*--lr.*the checkpoint is of step 3"):
+        train.main([*options_of(flowers, 9), "bad"])
     checkpoint = torch.load("bad/checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 3
+    assert checkpoint["step"] == 3 and len(rows("bad")) == 1
     assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import ViT_B_16_Weights, vit_b_16
 
-from lodisc import (IMAGENET_MEAN, IMAGENET_STD, Attention, Block, VisionTransformer,
-                    attention_weights, create_vit, first_line, sincos_positions)
+from lodisc import (IMAGENET_MEAN, IMAGENET_STD, Attention, Block, UserError, VisionTransformer,
+                    attention_weights, create_vit, require, sincos_positions)
 
 
 def torchvision_weights(model):
@@ -28,7 +28,7 @@ def torchvision_weights(model):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_same_features_as_torchvision(dtype, tolerance):
+def test_features_match_torchvision(dtype, tolerance):
     theirs = vit_b_16(weights=None)
     theirs.heads = torch.nn.Identity()
     with torch.no_grad():
@@ -52,7 +52,7 @@ def sharpen(encoder, factor=30.0):
 
 @pytest.mark.parametrize("dtype, sharp, tolerance", [
     (torch.float32, False, 1e-6), (torch.float32, True, 1e-4), (torch.float64, True, 1e-12)])
-def test_class_row_is_the_row_of_the_full_matrix(dtype, sharp, tolerance):
+def test_stored_attention_kinds_agree(dtype, sharp, tolerance):
     encoder = create_vit("vit_tiny", 64, 8).to(dtype)
     if sharp:
         sharpen(encoder)
@@ -60,19 +60,23 @@ def test_class_row_is_the_row_of_the_full_matrix(dtype, sharp, tolerance):
     with torch.no_grad():
         plain = encoder(images)[0]
         features, rows = encoder(images, attention="row")
-        _, matrices = encoder(images, attention="full")
-    assert torch.equal(features, plain)
-    assert len(rows) == len(matrices) == 12
-    for row, matrix in zip(rows, matrices):
+        with_matrices, matrices = encoder(images, attention="full")
+        with_means, means = encoder(images, attention="mean")
+    for same in (features, with_matrices, with_means):
+        assert torch.equal(same, plain)
+    assert len(rows) == len(matrices) == len(means) == 12
+    for row, matrix, mean in zip(rows, matrices, means):
         assert row.shape == (3, 3, 65) and matrix.shape == (3, 3, 65, 65)
+        assert mean.shape == (3, 1, 65, 65)
         assert (row - matrix[:, :, 0]).abs().max() <= tolerance
+        assert torch.equal(mean, matrix.mean(1, keepdim=True))
+        assert mean.untyped_storage().nbytes() == mean.numel() * mean.element_size()  # no heads
         assert torch.allclose(matrix.sum(-1), torch.ones((), dtype=dtype), atol=1e-5)
     if sharp:
         assert max(row.max() for row in rows) > 0.9
 
 
-def test_full_matrices_are_those_of_the_features():
-    """weights @ v is what the fused kernel returns."""
+def test_full_attention_times_values_equals_fused_kernel():
     encoder = create_vit("vit_nano", 32, 8).double()
     attn, seen = encoder.blocks[1].attn, {}
     attn.qkv.register_forward_hook(lambda module, args, out: seen.update(qkv=out))
@@ -83,25 +87,54 @@ def test_full_matrices_are_those_of_the_features():
     assert torch.allclose(seen["into"], expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("attention", [None, "row", "full"])
-def test_class_only_is_the_class_tokens_place_of_the_whole(attention):
+@pytest.mark.parametrize("attention", [None, "row", "full", "mean"])
+def test_class_only_equals_class_token_of_all(attention):
     block, x = Block(48, 3).double(), torch.randn(2, 10, 48, dtype=torch.float64)
     (whole, weights), (alone, same_weights) = block(x, attention), block(x, attention, True)
-    assert alone.shape == (2, 1, 48) and whole.shape == Attention(48, 3)(x.float())[0].shape == x.shape
+    assert alone.shape == (2, 1, 48)
+    assert whole.shape == Attention(48, 3)(x.float())[0].shape == x.shape
     assert torch.allclose(alone, whole[:, :1], atol=1e-12)
     assert (weights is same_weights is None) if attention is None else weights.equal(same_weights)
 
 
-def test_the_last_layer_works_for_the_class_token_alone():
+@pytest.mark.parametrize("method, computed", [("forward", 1), ("tokens", 17)])
+def test_last_layer_computes_class_token_only_in_forward(method, computed):
     encoder, inside = create_vit("vit_nano", 32, 8), []
     for block in encoder.blocks:
         block.mlp.register_forward_hook(lambda module, args, out: inside.append(out.shape[1]))
-    encoder(torch.randn(2, 3, 32, 32))
-    assert inside == [17, 17, 17, 1]
+    getattr(encoder, method)(torch.randn(2, 3, 32, 32))
+    assert inside == [17, 17, 17, computed]
+
+
+@pytest.mark.parametrize("attention", [None, "row", "full", "mean"])
+@pytest.mark.parametrize("kept", [None, 5])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_class_token_of_tokens_equals_forward(dtype, tolerance, kept, attention):
+    encoder = create_vit("vit_nano", 32, 8).to(dtype)
+    images = torch.randn(2, 3, 32, 32, dtype=dtype)
+    keep = None if kept is None else torch.rand(2, 16).argsort(1) < kept
+    with torch.no_grad():
+        features, attentions = encoder(images, attention, keep)
+        tokens, same_attentions = encoder.tokens(images, attention, keep)
+        alone, _ = encoder.tokens(images, attention, keep, class_only=True)
+    assert tokens.shape == (2, 1 + (kept or 16), 96) and alone.shape == (2, 1, 96)
+    for class_token in (tokens[:, 0], alone[:, 0]):
+        assert (class_token - features).abs().max() <= tolerance * features.abs().max()
+    assert len(same_attentions) == len(attentions) == (4 if attention else 0)
+    for same, expected in zip(same_attentions, attentions):
+        assert torch.equal(same, expected)
+
+
+def test_tokens_are_normalised_outputs_of_last_block():
+    encoder, outputs = create_vit("vit_nano", 32, 8), []
+    torch.nn.init.normal_(encoder.norm.bias)  # unlike the norms of the blocks
+    encoder.blocks[-1].register_forward_hook(lambda module, args, out: outputs.append(out[0]))
+    tokens = encoder.tokens(torch.randn(2, 3, 32, 32))[0]
+    assert torch.equal(tokens, encoder.norm(outputs[0]))
 
 
 class Recorder(TorchDispatchMode):
-    """Every operation that runs, and the largest two last dimensions of what it makes."""
+    """Record every operation and the last two dimensions of its results."""
 
     def __init__(self):
         super().__init__()
@@ -116,10 +149,10 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def test_rows_leave_the_fused_kernel_on():
+def test_features_come_from_fused_kernel():
     encoder = create_vit("vit_tiny", 64, 8)
     images = torch.randn(2, 3, 64, 64)
-    for attention, square in ((None, False), ("row", False), ("full", True)):
+    for attention, square in ((None, False), ("row", False), ("full", True), ("mean", True)):
         with Recorder() as recorder, torch.no_grad():
             encoder(images, attention=attention)
         fused = [name for name in recorder.names if "scaled_dot_product" in name]
@@ -129,18 +162,20 @@ def test_rows_leave_the_fused_kernel_on():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rows_are_float32_under_autocast(dtype):
+def test_attention_is_float32_under_autocast(dtype):
     encoder, seen = create_vit("vit_nano", 32, 8), []
     encoder.blocks[0].attn.qkv.register_forward_hook(lambda module, args, out: seen.append(out))
     with torch.no_grad(), torch.autocast("cpu", dtype):
-        _, rows = encoder(torch.randn(4, 3, 32, 32), attention="row")
-    assert seen[0].dtype == dtype and rows[0].dtype == torch.float32
+        images = torch.randn(4, 3, 32, 32)
+        rows, means = (encoder(images, attention=kind)[1] for kind in ("row", "mean"))
+    assert seen[0].dtype == dtype and rows[0].dtype == means[0].dtype == torch.float32
     q, k, _ = seen[0].double().unflatten(-1, (3, 3, 32)).permute(2, 0, 3, 1, 4)
     expected = (q[:, :, :1] @ k.mT / math.sqrt(32)).softmax(-1)[:, :, 0]
     assert (rows[0] - expected).abs().max() < 1e-6
+    assert (means[0][:, 0, 0] - expected.mean(1)).abs().max() < 1e-6
 
 
-def test_attention_weights_scale():
+def test_attention_weights_match_loops():
     q, k = torch.randn(2, 3, 4, 16).double(), torch.randn(2, 3, 5, 16).double()
     expected = torch.empty(2, 3, 4, 5).double()
     for b in range(2):
@@ -151,7 +186,7 @@ def test_attention_weights_scale():
     assert torch.allclose(attention_weights(q, k), expected, atol=1e-12)
 
 
-def test_kept_tokens_equal_the_full_encoder_with_the_others_masked_out(monkeypatch):
+def test_keep_equals_masking_out_other_keys(monkeypatch):
     encoder = create_vit("vit_nano", 48, 8).double()
     images = torch.randn(5, 3, 48, 48).double()
     keep = torch.rand(5, 36).argsort(1) < 11
@@ -169,7 +204,7 @@ def test_kept_tokens_equal_the_full_encoder_with_the_others_masked_out(monkeypat
     assert not torch.allclose(features, encoder(images)[0][[1, 2, 3, 4, 0]], atol=1e-3)
 
 
-def test_sincos_positions():
+def test_sincos_positions_are_row_then_column_as_in_moco_v3():
     side, dim = 3, 16
     table = sincos_positions(side, dim)
     assert table.shape == (1, 10, 16)
@@ -177,13 +212,13 @@ def test_sincos_positions():
     for row in range(side):
         for column in range(side):
             expected = []
-            for value, wave in ((column, math.sin), (column, math.cos), (row, math.sin),
-                                (row, math.cos)):
+            for value, wave in ((row, math.sin), (row, math.cos), (column, math.sin),
+                                (column, math.cos)):
                 expected += [wave(value / 10000 ** (i / 4)) for i in range(4)]
             assert torch.allclose(table[0, 1 + row * side + column], torch.tensor(expected))
 
 
-def test_patches_are_numbered_row_by_row():
+def test_patches_are_in_row_major_order():
     encoder = create_vit("vit_nano", 32, 8)
     images = torch.zeros(1, 3, 32, 32)
     images[:, :, 8:16, 16:24] = 1  # second row, third column
@@ -191,13 +226,16 @@ def test_patches_are_numbered_row_by_row():
     assert changed[0].nonzero().flatten().tolist() == [6]
 
 
-def test_initialisation_is_that_of_moco_v3():
+def test_initialisation_matches_moco_v3():
     encoder = create_vit("vit_small", 64, 16)
     fixed = {name for name, p in encoder.named_parameters() if not p.requires_grad}
     assert fixed == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
     block, dim = encoder.blocks[0], 384
-    for weight, fan_in, fan_out in ((block.attn.qkv.weight, dim, dim), (block.attn.proj.weight, dim, dim),
-                                    (block.mlp.fc1.weight, dim, 4 * dim), (block.mlp.fc2.weight, 4 * dim, dim),
+    q, k, v = block.attn.qkv.weight.chunk(3)
+    for weight, fan_in, fan_out in ((q, dim, dim), (k, dim, dim), (v, dim, dim),
+                                    (block.attn.proj.weight, dim, dim),
+                                    (block.mlp.fc1.weight, dim, 4 * dim),
+                                    (block.mlp.fc2.weight, 4 * dim, dim),
                                     (encoder.patch_embed.proj.weight, 3 * 16 * 16, dim)):
         bound = math.sqrt(6 / (fan_in + fan_out))
         assert 0.99 * bound < weight.abs().max() <= bound
@@ -209,7 +247,7 @@ def test_initialisation_is_that_of_moco_v3():
     assert encoder.norm.eps == encoder.blocks[0].norm1.eps == encoder.blocks[0].norm2.eps == 1e-6
 
 
-def test_learned_positions_and_trained_projection_are_options():
+def test_learned_positions_and_train_projection():
     encoder = create_vit("vit_nano", 32, 8, learned_positions=True, train_projection=True)
     assert all(p.requires_grad for p in encoder.parameters())
     assert not torch.equal(encoder.pos_embed, sincos_positions(4, encoder.dim))
@@ -221,24 +259,28 @@ def test_published_sizes():
                                   ("vit_small_moco", 12, 21.7), ("vit_base", 12, 85.8)):
         encoder = create_vit(name, 224, 16)
         assert len(encoder.blocks) == 12 and encoder.blocks[-1].attn.heads == heads
-        assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+        parameters = sum(p.numel() for p in encoder.parameters())
+        assert parameters / 1e6 == pytest.approx(millions, abs=0.06)
 
 
-def test_pictures_are_normalised_as_published():
+def test_normalisation_matches_torchvision():
     published = ViT_B_16_Weights.IMAGENET1K_V1.transforms()
     assert [list(IMAGENET_MEAN), list(IMAGENET_STD)] == [published.mean, published.std]
 
 
-def test_gradients_reach_everything_that_trains():
+def test_gradients_reach_all_trainable_parameters():
     encoder = create_vit("vit_nano", 32, 8)
     encoder(torch.randn(2, 3, 32, 32))[0].square().sum().backward()
     for name, parameter in encoder.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_an_error_in_one_line():
-    assert first_line(ValueError(" what came\nwhere")) == "what came"
-    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+def test_require_raises_given_error():
+    require(True, "unused")
+    for options, error in (({}, ValueError), ({"error": UserError}, UserError)):
+        with pytest.raises(error, match="^too small$"):
+            require(False, "too small", **options)
+    assert not issubclass(UserError, ValueError)  # the scripts keep the traceback of the latter
 
 
 @pytest.mark.parametrize("call, says", [
@@ -254,10 +296,11 @@ def test_an_error_in_one_line():
     (lambda e: e(torch.zeros(2, 3, 32, 32), keep=torch.ones(2, 9, dtype=torch.bool)), "(2, 9)"),
     (lambda e: e(torch.zeros(2, 3, 32, 32), keep=torch.eye(16, dtype=torch.bool)[:2].cumsum(0) > 0),
      "1 to 2"),
-    (lambda e: e(torch.zeros(2, 3, 32, 32), keep=torch.zeros(2, 16, dtype=torch.bool)), "at least one"),
-    (lambda e: e(torch.zeros(2, 3, 32, 32), keep=torch.zeros(3, 4, dtype=torch.int64)), "(3, 4)"),
+    (lambda e: e(torch.zeros(2, 3, 32, 32), keep=torch.zeros(2, 16, dtype=torch.bool)), "0 to 0"),
+    (lambda e: e.tokens(torch.zeros(2, 3, 40, 40)), "(2, 3, 40, 40)"),
+    (lambda e: e.tokens(torch.zeros(2, 3, 32, 32), attention="all"), "'all'"),
 ])
-def test_what_cannot_be_right_is_rejected(call, says):
+def test_invalid_arguments_raise_value_error(call, says):
     with pytest.raises(ValueError) as error:
         call(create_vit("vit_nano", 32, 8))
     assert says in str(error.value)

@@ -1,4 +1,4 @@
-"""Published weights, in and out: stand-ins with the released files' full lists of names."""
+"""Published weights in and out: stand-ins with the full name lists of the released files."""
 
 import argparse
 import pickle
@@ -6,33 +6,37 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
-import eval as judge
+import eval as evaluation
 import train
-from conftest import weights
-from data.weights import load_published, resize_positions
-from lodisc import create_vit, load_encoder
+from conftest import same, weights
+from data.datasets import load_data
+from lodisc import (IMAGENET_MEAN, IMAGENET_STD, LoDisc, UserError, VisionTransformer, create_vit,
+                    load_encoder, resize_positions)
 
-PATCH, SIZE = 16, 32
-SMALL = ["--image-size", "16", "--patch-size", "8", "--arch", "vit_nano", "--batch-size", "12",
-         "--epochs", "1", "--warmup-epochs", "0", "--workers", "0", "--device", "cpu"]
+PATCH, SIZE, WIDTH, DEPTH, HEADS = 16, 32, 128, 12, 2
+SMALL = ["--image-size", "16", "--batch-size", "12", "--epochs", "1", "--workers", "0",
+         "--device", "cpu"]
+NANO = ["--arch", "vit_nano", "--patch-size", "8", "--warmup-epochs", "0", *SMALL]
 
 
-def new_encoder(arch="vit_tiny", size=SIZE, patch=PATCH):
-    """All parameters random, so that none can be mixed up unseen."""
-    encoder = create_vit(arch, size, patch)
+def new_encoder(size=SIZE, patch=PATCH, width=WIDTH, depth=DEPTH, heads=HEADS):
+    """All parameters random, so that no two tensors can be mixed up unseen."""
+    encoder = VisionTransformer(size, patch, width, depth, heads)
     for parameter in encoder.parameters():
         nn.init.normal_(parameter, std=0.05)
     return encoder.eval()
 
 
-def vit_names(depth=12):
+def vit_names(depth=DEPTH, scales=()):
     """timm's VisionTransformer without its head, also DeiT's and DINO's: 4 + 12 per layer + 2."""
     layer = ["norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight",
              "attn.proj.bias", "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias",
-             "mlp.fc2.weight", "mlp.fc2.bias"]
+             "mlp.fc2.weight", "mlp.fc2.bias", *scales]
     return (["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
             + [f"blocks.{i}.{name}" for i in range(depth) for name in layer]
             + ["norm.weight", "norm.bias"])
@@ -50,8 +54,8 @@ def mlp_names(linears, affine):
 
 def backbone(encoder, prefix=""):
     state = encoder.state_dict()
-    assert list(sorted(state)) == sorted(vit_names())
-    return {prefix + name: state[name].clone() for name in vit_names()}
+    assert sorted(state) == sorted(vit_names(len(encoder.blocks)))
+    return {prefix + name: tensor.clone() for name, tensor in state.items()}
 
 
 def zeros(names, prefix=""):
@@ -102,42 +106,65 @@ def dino_file(encoder, other):
             "dino_loss": {"center": torch.zeros(1, 5)}, "fp16_scaler": {"scale": 1.0}}
 
 
+def sizes(encoder):
+    return dict(image_size=encoder.image_size, patch_size=encoder.patch_size, dim=encoder.dim,
+                depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads)
+
+
 def own_file(encoder, other):
     heads = [f"{head}.0.weight" for head in ("projector", "predictor", "momentum_projector")]
     return {"model": {**backbone(encoder, "encoder."), **backbone(other, "momentum_encoder."),
                       **zeros(heads)},
-            "optimizer": optimizer(), "losses": torch.zeros(3), "random": torch.get_rng_state(),
-            "cuda_random": torch.get_rng_state(),
-            "film": [(0, torch.zeros(8, 4, dtype=torch.bool))], "step": 3, "scaler": {},
-            "config": {"arch": "vit_tiny"}, "history": [{"epoch": 1, "total": 3.0}]}
+            "optimizer": optimizer(), "random": torch.get_rng_state(), "step": 3, "scaler": {},
+            "film": [(0, torch.zeros(8, 4, dtype=torch.bool))],
+            "config": {**sizes(encoder), "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
+            "history": [{"epoch": 1, "total": 3.0}]}
 
 
-FILES = {"timm": timm_file, "DeiT": deit_file, "DeiT, training": deit_training,
-         "MoCo v3": moco_file, "MoCo v3, linear": moco_linear, "DINO": dino_file,
-         "DINO, backbone": lambda encoder, other: backbone(encoder), "ours": own_file}
+FILES = {  # name: (contents, source, what is left out)
+    "timm": (timm_file, "timm's or torchvision's names", "head"),
+    "DeiT": (deit_file, "timm's or torchvision's names", "head"),
+    "DeiT, training": (deit_training, "timm's or torchvision's names", "head"),
+    "MoCo v3": (moco_file, "MoCo v3", "head, momentum_encoder, predictor"),
+    "MoCo v3, linear": (moco_linear, "timm's or torchvision's names", "head"),
+    "DINO": (dino_file, "DINO, student and teacher", "head"),
+    "DINO, backbone": (lambda encoder, other: backbone(encoder), "timm's or torchvision's names",
+                       "nothing"),
+    "own": (own_file, "LoDisc", "momentum_encoder, momentum_projector, predictor, projector"),
+}
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_a_published_file_fills_the_encoder(tmp_path, kind):
-    base, other, ours = (new_encoder() for _ in range(3))
-    torch.save(FILES[kind](base, other), tmp_path / "file.pth")
+@pytest.mark.parametrize("name", FILES)
+def test_load_encoder_reads_published_formats(tmp_path, name):
+    contents, kind, left_out = FILES[name]
+    base, other = new_encoder(), new_encoder()
+    path = tmp_path / "file.pth"
+    torch.save(contents(base, other), path)
     images = torch.randn(2, 3, SIZE, SIZE)
-    line = load_published(ours, tmp_path / "file.pth")
-    assert torch.equal(ours(images)[0], base(images)[0]) and "\n" not in line
-    if kind in ("MoCo v3", "DINO", "ours"):
-        assert "base encoder" in line and "optimizer" in line
-        line = load_published(ours, tmp_path / "file.pth", momentum=True)
-        assert torch.equal(ours(images)[0], other(images)[0]) and "momentum encoder" in line
+    state = torch.get_rng_state()
+    encoder = load_encoder(path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sizes(encoder) == sizes(base) and not encoder.training
+    assert torch.equal(encoder(images)[0], base(images)[0])
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    assert encoder.source == f"{path}: {kind}; left out: {left_out}"
+    own = name == "own"
+    assert tuple(encoder.mean) == ((0.1, 0.2, 0.3) if own else IMAGENET_MEAN)
+    assert tuple(encoder.std) == ((0.4, 0.5, 0.6) if own else IMAGENET_STD)
+    assert bool(encoder.config) == own
+    if kind in ("MoCo v3", "DINO, student and teacher", "LoDisc"):
+        encoder = load_encoder(path, momentum=True)
+        assert torch.equal(encoder(images)[0], other(images)[0])
+        assert f"{kind}, momentum encoder; left out: " in encoder.source
     else:
-        with pytest.raises(ValueError, match="one encoder"):
-            load_published(ours, tmp_path / "file.pth", momentum=True)
-    if kind not in ("DINO, backbone", "ours"):
-        assert "left out" in line and "head" in line
+        with pytest.raises(UserError, match="has no momentum encoder"):
+            load_encoder(path, momentum=True)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_torchvision_gives_the_same_features(tmp_path, wrapped):
-    theirs = TorchvisionViT(SIZE, PATCH, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
+def test_torchvision_features_are_equal(tmp_path, wrapped):
+    theirs = TorchvisionViT(SIZE, PATCH, num_layers=DEPTH, num_heads=HEADS, hidden_dim=WIDTH,
+                            mlp_dim=4 * WIDTH)
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.05)
     state = theirs.state_dict()
@@ -147,60 +174,142 @@ def test_torchvision_gives_the_same_features(tmp_path, wrapped):
         state = {"model": state, "args": argparse.Namespace(lr=0.1), "optimizer": optimizer()}
     torch.save(state, tmp_path / "vit.pth")
     theirs.heads = nn.Identity()
-    ours = new_encoder()
-    line = load_published(ours, tmp_path / "vit.pth")
+    encoder = load_encoder(tmp_path / "vit.pth")
     images = torch.randn(2, 3, SIZE, SIZE)
-    assert (ours(images)[0] - theirs.eval()(images)).abs().max() < 1e-5
-    assert "torchvision" in line and "left out: head" in line
+    assert (encoder(images)[0] - theirs.eval()(images)).abs().max() < 1e-5
+    assert encoder.source.endswith("torchvision's names; left out: heads")
 
 
-def test_what_does_not_fit_is_named(tmp_path):
-    base, path = new_encoder(), tmp_path / "file.pth"
+# --- DINOv2 -----------------------------------------------------------------------------------
 
-    def load(contents, encoder=None):
+
+def dinov2_file(dtype, depth=2, width=384, side=37):
+    """The names and sizes of dinov2_vits14_pretrain.pth, but its depth."""
+    shapes = {**{name: tensor.shape for name, tensor in
+                 new_encoder(14 * side, 14, width, depth, 6).state_dict().items()},
+              **{f"blocks.{i}.ls{j}.gamma": (width,) for i in range(depth) for j in (1, 2)},
+              "mask_token": (1, width)}
+    assert sorted(shapes) == sorted(vit_names(depth, ("ls1.gamma", "ls2.gamma")) + ["mask_token"])
+    state = {name: 0.05 * torch.randn(shape) for name, shape in shapes.items()}
+    for name in state:
+        if "norm" in name and "weight" in name or "gamma" in name:
+            state[name] += 0.5
+    return {name: tensor.to(dtype) for name, tensor in state.items()}
+
+
+def dinov2_features(state, images, heads=6, patch=14):
+    """A DINOv2 forward that applies the layer scale where the paper's code does."""
+    state = {name: tensor.float() for name, tensor in state.items()}
+    positions, side = state["pos_embed"], images.shape[-1] // patch
+    grid = positions[0, 1:].T.reshape(1, -1, 37, 37)
+    if side != 37:
+        grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
+    x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"],
+                 stride=patch)
+    x = (x + grid).flatten(2).transpose(1, 2)
+    x = torch.cat([(state["cls_token"] + positions[:, :1]).expand(len(x), -1, -1), x], dim=1)
+
+    def linear(x, name):
+        return F.linear(x, state[name + ".weight"], state[name + ".bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[name + ".weight"], state[name + ".bias"], 1e-6)
+
+    for i in range(len([name for name in state if name.endswith("ls1.gamma")])):
+        block = f"blocks.{i}."
+        qkv = linear(norm(x, block + "norm1"), block + "attn.qkv")
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+        attended = linear(attended.transpose(1, 2).flatten(2), block + "attn.proj")
+        x = x + state[block + "ls1.gamma"] * attended
+        inner = F.gelu(linear(norm(x, block + "norm2"), block + "mlp.fc1"))
+        x = x + state[block + "ls2.gamma"] * linear(inner, block + "mlp.fc2")
+    return norm(x, "norm")[:, 0]
+
+
+@pytest.mark.parametrize("image_size", [518, 98])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_dinov2_features_equal_explicit_layer_scale(tmp_path, dtype, image_size):
+    state = dinov2_file(dtype)
+    torch.save(state, tmp_path / "vits14.pth")
+    encoder = load_encoder(tmp_path / "vits14.pth", image_size=image_size)
+    assert sizes(encoder) == dict(image_size=image_size, patch_size=14, dim=384, depth=2, heads=6)
+    assert encoder.source.endswith("; left out: mask_token")
+    images = torch.randn(2, 3, image_size, image_size)
+    expected = dinov2_features(state, images)
+    assert (encoder(images)[0] - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert load_encoder(tmp_path / "vits14.pth").image_size == 518
+
+
+# --- tensors that do not fit, and files that are none -----------------------------------------
+
+
+ODD = {  # name: (change of a timm state dict, match)
+    "second token": (lambda s: s | zeros(["dist_token", "head_dist.weight"]),
+                     r'"dist_token", "head_dist\.weight"'),
+    "register tokens": (lambda s: s | zeros(["register_tokens"]), '"register_tokens"'),
+    "relative positions": (lambda s: s | zeros(["blocks.0.attn.relative_position_bias_table"]),
+                           r'"blocks\.0\.attn\.relative_position_bias_table"'),
+    "q norm": (lambda s: s | zeros(["blocks.3.attn.q_norm.weight"]),
+               r'"blocks\.3\.attn\.q_norm\.weight"'),
+    "a part": (lambda s: {n: t for n, t in s.items() if n != "blocks.3.attn.qkv.bias"},
+               r'[Mm]issing.*"blocks\.3\.attn\.qkv\.bias"'),
+    "no positions": (lambda s: {n: t for n, t in s.items() if n != "pos_embed"}, "pos_embed"),
+    "another shape": (lambda s: s | {"norm.weight": torch.zeros(3)}, r"size.*norm\.weight"),
+    "no grid": (lambda s: s | {"pos_embed": torch.zeros(1, 6, WIDTH)}, "size.*pos_embed"),
+    "another kind of patches": (lambda s: s | {"patch_embed.proj.weight": torch.zeros(3, 3)},
+                                "does not fit the encoder"),
+    "no ViT": (lambda s: zeros(["fc.weight", "fc.bias"]), "no ViT of a known format"),
+    "no tensors": (lambda s: {"epoch": 3}, "no ViT of a known format"),
+    "a tensor": (lambda s: torch.zeros(3), "cannot be read; expected tensors"),
+    "a gated MLP": (lambda s: {n: t for n, t in s.items() if ".fc2." not in n}
+                    | {"blocks.0.ls2.gamma": torch.ones(WIDTH)}, r"blocks\.0\.mlp\.fc2\.weight"),
+    "flat positions": (lambda s: s | {"pos_embed": torch.zeros(5)}, "does not fit the encoder"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_tensors_that_do_not_fit_are_named_in_one_line(tmp_path, name):
+    change, match = ODD[name]
+    path = tmp_path / "file.pth"
+    torch.save(change(backbone(new_encoder(depth=4))), path)
+    with pytest.raises(UserError, match=match) as caught:
+        load_encoder(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load_encoder(tmp_path / "none.pth")
+    with pytest.raises(UserError, match="no such file"):  # a folder without checkpoint.pt
+        load_encoder(tmp_path)
+    (tmp_path / "text.pth").write_text("not a file of torch.save")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_encoder(tmp_path / "text.pth")
+    torch.save(backbone(new_encoder()), tmp_path / "half.pth")
+    whole = (tmp_path / "half.pth").read_bytes()
+    (tmp_path / "half.pth").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_encoder(tmp_path / "half.pth")
+
+
+def test_number_of_heads(tmp_path):
+    path = tmp_path / "file.pth"
+
+    def heads(contents):
         torch.save(contents, path)
-        load_published(encoder or new_encoder(), path)
+        return load_encoder(path).blocks[0].attn.heads
 
-    state = backbone(base)
-    with pytest.raises(ValueError, match=r"left over: dist_token, head_dist\.weight$"):
-        load({**state, **zeros(["dist_token", "head_dist.weight"])})
-    with pytest.raises(ValueError, match=r"missing: blocks\.3\.attn\.qkv\.bias$"):
-        load({name: tensor for name, tensor in state.items() if name != "blocks.3.attn.qkv.bias"})
-    with pytest.raises(ValueError, match=r"of another shape: norm\.weight$"):
-        load({**state, "norm.weight": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"of another shape: pos_embed$"):
-        load({**state, "pos_embed": torch.zeros(1, 6, 192)})  # DeiT's second token: no grid
-    with pytest.raises(ValueError, match=r"left over: something\.weight$"):
-        load({**moco_file(base, base), "something": {"weight": torch.zeros(1)}})
-    with pytest.raises(ValueError, match="--arch vit_tiny --patch-size 16$"):
-        load(state, new_encoder("vit_nano", 48, 8))
-    with pytest.raises(ValueError, match="--arch vit_tiny --patch-size 16$"):
-        load(state, new_encoder("vit_tiny", 32, 8))
-    with pytest.raises(ValueError, match="no ViT of a known format among its 2 tensors"):
-        load(zeros(["fc.weight", "fc.bias"]))
-    with pytest.raises(ValueError, match="no ViT of a known format among its 0 tensors"):
-        load({"epoch": 3})
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        load_published(new_encoder(), tmp_path / "none.pth")
-    path.write_text("not a file of torch.save")
-    with pytest.raises(ValueError, match="not read as weights"):
-        load_published(new_encoder(), path)
-
-
-def test_a_smaller_moco_v3_has_heads_of_its_own(tmp_path):
-    small = new_encoder("vit_small_moco")
-    torch.save(moco_file(small, small), tmp_path / "vit-s.pth.tar")
-    with pytest.raises(ValueError, match="--arch vit_small_moco"):
-        load_published(new_encoder("vit_small"), tmp_path / "vit-s.pth.tar")
-    load_published(new_encoder("vit_small_moco"), tmp_path / "vit-s.pth.tar")
-    torch.save(backbone(new_encoder("vit_small")), tmp_path / "deit.pth")
-    load_published(new_encoder("vit_small"), tmp_path / "deit.pth")
-    with pytest.raises(ValueError, match="6 heads.*--arch vit_small --patch-size 16$"):
-        load_published(new_encoder("vit_small_moco"), tmp_path / "deit.pth")
-    torch.save({**own_file(small, small), "config": {"arch": "vit_small_moco"}}, tmp_path / "own.pt")
-    with pytest.raises(ValueError, match="12 heads.*--arch vit_small_moco"):
-        load_published(new_encoder("vit_small"), tmp_path / "own.pt")
-    load_published(new_encoder("vit_small_moco"), tmp_path / "own.pt")
+    small = new_encoder(width=384, depth=1, heads=12)
+    assert heads(moco_file(small, small)) == 12  # MoCo v3's own ViT-S
+    assert heads(deit_file(small, small)) == heads(dino_file(small, small)) == 6
+    assert heads(own_file(small, small)) == 12
+    nano = new_encoder(width=96, depth=1, heads=3)
+    assert heads(own_file(nano, nano)) == 3
+    assert heads({"state_dict": backbone(nano), "config": sizes(nano)}) == 3
+    with pytest.raises(UserError, match="heads of width 96 is unknown.*checkpoint.pt.*export"):
+        heads(backbone(nano))
 
 
 class Bomb:
@@ -208,19 +317,23 @@ class Bomb:
         return Path.touch, (Path("ran"),)
 
 
-def test_a_file_from_the_internet_runs_no_code(elsewhere):
+@pytest.mark.usefixtures("elsewhere")
+def test_no_code_in_a_file_is_executed():
     torch.save({"model": backbone(new_encoder()), "args": Bomb()}, "bomb.pth")
-    with pytest.raises(ValueError, match="may run code") as caught:
-        load_published(new_encoder(), "bomb.pth")
+    with pytest.raises(UserError, match=r"contains \S+, which could run code") as caught:
+        load_encoder("bomb.pth")
     assert "\n" not in str(caught.value)
     with open("bare.pth", "wb") as file:
         pickle.dump(Bomb(), file, protocol=2)
-    with pytest.raises(ValueError):
-        load_published(new_encoder(), "bare.pth")
+    with pytest.raises(UserError):
+        load_encoder("bare.pth")
     assert not Path("ran").exists()
 
 
-def test_positions_are_interpolated():
+# --- positions --------------------------------------------------------------------------------
+
+
+def test_resize_positions_keeps_the_geometry():
     row = torch.linspace(0, 1, 14)
     positions = torch.zeros(1, 1 + 14 * 14, 2)
     positions[0, 0] = 7
@@ -237,60 +350,188 @@ def test_positions_are_interpolated():
     assert resize_positions(positions, 14) is positions
 
 
-def test_init_trains_positions_and_projection_from_those_of_the_file(flowers, elsewhere, capsys):
-    encoder = new_encoder("vit_nano", 24, 8)
-    torch.save(encoder.state_dict(), "nano.pth")
-    train.main(["--data", str(flowers), *SMALL, "--init", "nano.pth", "--lr", "0.01",
-                "--out", "run"])
+def test_image_size_interpolates_positions(tmp_path):
+    base = new_encoder(64)
+    torch.save(backbone(base), tmp_path / "file.pth")
+    encoder = load_encoder(tmp_path / "file.pth", image_size=SIZE)
+    assert encoder.image_size == SIZE and encoder(torch.zeros(1, 3, SIZE, SIZE))
+    state = base.state_dict() | {"pos_embed": resize_positions(base.pos_embed.detach(), 2)}
+    assert same(encoder.state_dict(), state)
+    with pytest.raises(UserError, match="multiple of the patch size, got 40 px"):
+        load_encoder(tmp_path / "file.pth", image_size=40)
+
+
+# --- --init -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_init_trains_all_weights_of_the_file(flowers, capsys):
+    file = new_encoder(24, 8, 96, 4, 3)
+    torch.save({"state_dict": file.state_dict(), "config": sizes(file)}, "nano.pth")
+    options = ["--data", str(flowers / "train"), *SMALL, "--init", "nano.pth"]
+    with pytest.raises(UserError, match="--patch-size 16 disagrees with --init .*, which has 8"):
+        train.main([*options, "--patch-size", "16", "--out", "run"])
+    train.main([*options, "--encoder-lr", "0.01", "--out", "run"])
     assert "weights of " in capsys.readouterr().out
-    model = train.build_model(torch.load("run/checkpoint.pt", weights_only=True)["config"])
-    for name, parameter in model.momentum_encoder.named_parameters():
-        assert torch.equal(parameter, model.encoder.state_dict()[name])  # copied after loading
+    config = torch.load("run/checkpoint.pt", weights_only=True)["config"]
+    assert (config["arch"], config["patch_size"]) == ("vit_nano", 8)
+    model = train.build_model(config)
     start = model.encoder.state_dict()
-    assert torch.equal(start["patch_embed.proj.weight"], encoder.patch_embed.proj.weight)
-    assert torch.equal(start["pos_embed"], resize_positions(encoder.pos_embed.detach(), 2))
+    assert same(start, model.momentum_encoder.state_dict())  # copied after loading
+    assert same(start, file.state_dict() | {
+        "pos_embed": resize_positions(file.pos_embed.detach(), 2)})
     trained = weights("run")
     for name in ("pos_embed", "patch_embed.proj.weight", "cls_token"):
         assert not torch.equal(trained["encoder." + name], start[name])
         assert not torch.equal(trained["momentum_encoder." + name], start[name])
-    assert '"initial"' in Path("run/eval.json").read_text()
-    load_encoder("run")
-    with pytest.raises(ValueError, match="init"):
-        train.main(["--resume", "run", "--init", "other.pth"])
+    encoder = load_encoder("run")
+    assert all(torch.equal(trained["encoder." + name], tensor)
+               for name, tensor in encoder.state_dict().items())
 
 
-def test_imagenet_comes_through_torchvision(monkeypatch):
-    from torchvision.models import ViT_B_16_Weights
-    with pytest.raises(ValueError, match="vit_base"):
-        load_published(new_encoder(), "imagenet")
-    theirs = TorchvisionViT(224, 16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072)
-    monkeypatch.setattr(type(ViT_B_16_Weights.IMAGENET1K_V1), "get_state_dict",
-                        lambda self, *_, **options: theirs.state_dict() if options["check_hash"]
-                        and self is ViT_B_16_Weights.IMAGENET1K_V1 else None)
-    encoder = create_vit("vit_base", 224, 16)
-    load_published(encoder, "imagenet")
-    assert torch.equal(encoder.norm.weight, theirs.encoder.ln.weight)
-    assert torch.equal(encoder.pos_embed, theirs.encoder.pos_embedding)
+@pytest.mark.usefixtures("elsewhere")
+def test_init_momentum_starts_from_the_momentum_encoder():
+    base, other = (new_encoder(16, 8, 64, 1, 1) for _ in range(2))
+    torch.save(dino_file(base, other), "dino.pth")
+    for momentum, expected in ((False, base), (True, other)):
+        config = {"init": "dino.pth", "init_momentum": momentum, "image_size": 16}
+        assert same(train.published_encoder(config).state_dict(), expected.state_dict())
 
-    def refuse(*_, **__):
+
+@pytest.mark.parametrize("name", train.WEIGHTS)
+def test_named_weights_are_fetched_from_the_publisher(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    base, calls = new_encoder(depth=1), []
+
+    def fetch(url, **options):
+        calls.append((url, options))
+        path = tmp_path / "checkpoints" / url.split("/")[-1]
+        path.parent.mkdir(exist_ok=True)
+        torch.save(backbone(base), path)
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    config = {"init": name, "init_momentum": False, "image_size": None}
+    assert same(train.published_encoder(config).state_dict(), base.state_dict())
+    (url, options), = calls
+    assert url == train.WEIGHTS[name] and url.startswith("https://")
+    assert options["check_hash"] == (name == "imagenet") and options["weights_only"]
+
+    def refuse(url, **options):
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(type(ViT_B_16_Weights.IMAGENET1K_V1), "get_state_dict", refuse)
-    with pytest.raises(OSError, match="could not be fetched: Name or service"):
-        load_published(encoder, "imagenet")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    with pytest.raises(UserError, match=f"could not fetch {url} .Name or service.*--init") as error:
+        train.published_encoder(config)
+    assert "\n" not in str(error.value)
 
 
-def test_export_and_the_way_back(flowers, elsewhere, capsys):
-    train.main(["--data", str(flowers / "train"), *SMALL, "--out", "run"])
-    judge.main(["export", "run"])
+# --- export, and evaluation of a weights file ---------------------------------------------------
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_export_is_read_back_bit_equal(flowers, capsys):
+    train.main(["--data", str(flowers / "train"), *NANO, "--out", "run"])
+    evaluation.main(["export", "run", "--device", "cpu"])
     assert "timm.models.VisionTransformer(img_size=16" in capsys.readouterr().out
-    state = torch.load("run/encoder.pth", weights_only=True)
-    assert sorted(state) == sorted(vit_names(4))  # and nothing else
-    with pytest.raises(ValueError, match="exists"):
-        judge.main(["export", "run"])
-    judge.main(["export", "run", "--momentum", "--out", "momentum.pth"])
+    contents = torch.load("run/encoder.pth", weights_only=True)
+    assert sorted(contents) == ["config", "state_dict"]
+    assert sorted(contents["state_dict"]) == sorted(vit_names(4))  # and nothing else
+    assert contents["config"] == dict(
+        image_size=16, patch_size=8, dim=96, depth=4, heads=3, mean=list(IMAGENET_MEAN),
+        std=list(IMAGENET_STD))
+    with pytest.raises(UserError, match="exists"):
+        evaluation.main(["export", "run", "--device", "cpu"])
+    evaluation.main(["export", "run", "--momentum", "--out", "momentum.pth", "--device", "cpu"])
     images = torch.randn(2, 3, 16, 16)
     for path, momentum in (("run/encoder.pth", False), ("momentum.pth", True)):
-        back = create_vit("vit_nano", 16, 8)
-        load_published(back, path)
-        assert torch.equal(back(images)[0], load_encoder("run", momentum)(images)[0])
+        back, trained = load_encoder(path), load_encoder("run", momentum)
+        assert same(back.state_dict(), trained.state_dict()) and sizes(back) == sizes(trained)
+        assert torch.equal(back(images)[0], trained(images)[0])
+    assert not same(load_encoder("run").state_dict(), back.state_dict())
+    assert load_encoder("run/encoder.pth", image_size=32).image_size == 32
+    with pytest.raises(UserError, match="--image-size is for published weights"):
+        evaluation.main(["all", "run", "--image-size", "32", "--device", "cpu"])
+
+
+def test_export_keeps_mean_std_and_another_image_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = new_encoder(depth=1)
+    torch.save(own_file(base, base), "own.pt")
+    encoder = load_encoder("own.pt", image_size=48)
+    evaluation.export(encoder, Path("encoder.pth"))
+    back = load_encoder("encoder.pth")
+    assert (back.mean, back.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]) and back.image_size == 48
+    assert same(back.state_dict(), encoder.state_dict())
+
+
+@pytest.fixture
+def weights_file(tmp_path, elsewhere):
+    (tmp_path / "published").mkdir()
+    path = tmp_path / "published" / "dino.pth"
+    torch.save(dino_file(new_encoder(depth=2), new_encoder(depth=2)), path)
+    return path
+
+
+def run_eval(*arguments):
+    evaluation.main([*map(str, arguments), "--device", "cpu", "--workers", "0"])
+
+
+@pytest.mark.parametrize("options, size, momentum", [
+    ([], 96, False), (["--image-size", "32"], 32, False), (["--momentum"], 96, True)])
+def test_evaluation_of_a_weights_file(flowers, weights_file, capsys, options, size, momentum):
+    run_eval("knn", weights_file, "--data", flowers, *options)
+    printed = capsys.readouterr().out
+    encoder = load_encoder(weights_file, momentum, size)
+    assert f"at {size} px" in printed and "DINO, student and teacher" in printed
+    found = evaluation.evaluate({"published": encoder}, load_data(str(flowers)),
+                                (size, IMAGENET_MEAN, IMAGENET_STD), "knn")
+    name = "momentum" if momentum else "published"
+    assert evaluation.table({name: found["published"]}) in printed
+    assert [path.name for path in weights_file.parent.iterdir()] == ["dino.pth"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["flowers", "published"]
+
+
+def test_all_metrics_of_a_weights_file(flowers, weights_file, capsys):
+    run_eval("all", weights_file, "--data", flowers, "--image-size", "32")
+    printed = capsys.readouterr().out
+    assert all(metric in printed for metric in evaluation.METRICS)
+    with pytest.raises(UserError, match="give the images by --data"):
+        run_eval("all", weights_file)
+
+
+def test_masks_of_a_weights_file(flowers, weights_file, capsys):
+    image = next((flowers / "test").rglob("*.jpg"))
+    run_eval("masks", weights_file, image, "--image-size", "64")
+    assert "wrote masks.png" in capsys.readouterr().out
+    with Image.open("masks.png") as sheet:
+        assert sheet.size[1] > 3 * 128
+    with pytest.raises(UserError, match="masks.png exists; give another --out"):
+        run_eval("masks", weights_file, image)
+    run_eval("masks", weights_file, image, image, "--out", "two.png")
+    run_eval("masks", weights_file, "--data", flowers, "--out", "eight.png")
+    widths = [Image.open(name).size[0] for name in ("masks.png", "two.png", "eight.png")]
+    assert widths[1] - widths[0] == (widths[2] - widths[1]) / 6 > 0
+    assert [path.name for path in weights_file.parent.iterdir()] == ["dino.pth"]
+
+
+def test_masks_of_a_weights_file_keep_its_pivotal_patches(flowers, weights_file, monkeypatch):
+    shown = {}
+    sheet = evaluation.mask_sheet
+
+    def record(images, importance, masks):
+        shown.update(masks=masks, importance=importance)
+        return sheet(images, importance, masks)
+
+    monkeypatch.setattr(evaluation, "mask_sheet", record)
+    run_eval("masks", weights_file, next((flowers / "test").rglob("*.jpg")), "--image-size", "64")
+    kept = shown["importance"].topk(4).indices  # 0.3 of 16 patches
+    assert shown["masks"].sum() == 4 and shown["masks"].gather(1, kept).all()
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_an_encoder_built_from_a_file_trains_in_lodisc(tmp_path):
+    torch.save(backbone(new_encoder(depth=1)), "file.pth")
+    model = LoDisc(load_encoder("file.pth"), hidden_dim=8, output_dim=8)
+    model(*torch.randn(2, 4, 3, SIZE, SIZE)).total.backward()
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+    assert not any(parameter.requires_grad for parameter in model.momentum_encoder.parameters())

@@ -1,0 +1,164 @@
+"""A method file of a stranger: a subclass with a third loss, an own option and a schedule."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from conftest import same, weights
+from lodisc import LoDisc, UserError
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+ROOT = Path(__file__).parent.parent
+SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--epochs", "3",
+         "--batch-size", "12", "--workers", "0", "--device", "cpu"]
+OWN = """
+from typing import NamedTuple
+
+import torch
+
+from lodisc import LoDisc
+
+
+class Output(NamedTuple):
+    total: torch.Tensor
+    global_loss: torch.Tensor
+    local_loss: torch.Tensor
+    third_loss: torch.Tensor
+    masks: tuple
+
+
+class Third(LoDisc):
+    def __init__(self, encoder, weight=1.0, shown=True, **options):
+        super().__init__(encoder, **options)
+        self.weight, self.shown = weight, shown
+
+    def forward(self, view1, view2, generator=None, progress=0.0):
+        out = super().forward(view1, view2, generator, progress)
+        third = self.weight * progress * (1 + torch.rand(())) * self.query(view1).square().mean()
+        return Output(out.total + third, out.global_loss, out.local_loss, third, out.masks)
+
+    def masks(self, images):
+        return super().masks(images) if self.shown else None
+
+
+class Other(Third):
+    pass
+"""
+
+
+@pytest.fixture
+def own(flowers):
+    Path("own.py").write_text(OWN)
+    return ["--data", str(flowers / "train"), *SMALL, "--method", "own.py:Third",
+            "--method-option", "weight=0.5"]
+
+
+def rows(folder):
+    with open(Path(folder) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_its_scalars_are_logged_and_drawn_by_their_names(own, monkeypatch, capsys):
+    drawn, real = [], train.run_sheet
+    monkeypatch.setattr(train, "run_sheet", lambda *a: drawn.append(a) or real(*a))
+    train.main([*own, "--out", "run"])
+    table = rows("run")
+    assert list(table[0]) == ["epoch", "step", "total", "global_loss", "local_loss", "third_loss",
+                              "lr", "momentum", "images_per_second", "seconds"]
+    assert "third_loss" in capsys.readouterr().out
+    assert all(float(row["third_loss"]) > 0 for row in table) and len(table) == 3
+    history, levels, _, _, film = drawn[0]
+    assert "third_loss" in history[0] and set(levels) == {"global_loss", "local_loss"}
+    assert [epoch for epoch, _ in film] == [0, 1, 2, 3]
+    config = torch.load("run/checkpoint.pt", weights_only=True)["config"]
+    assert config["method"] == f"{Path('own.py').resolve()}:Third"
+    assert config["method_options"] == {"weight": 0.5}
+    evaluation.main(["masks", "run", str(next(Path("flowers/test").rglob("*.jpg")))])
+
+
+def test_its_options_and_the_progress_reach_it(own, monkeypatch):
+    seen, real = [], LoDisc.forward
+    monkeypatch.setattr(LoDisc, "forward", lambda self, *args: (
+        seen.append((self.weight, args[3])), real(self, *args))[1])
+    train.main([*own, "--out", "run"])
+    assert seen == [(0.5, pytest.approx(step / 9)) for step in range(9)]
+
+
+def test_it_resumes_bit_exactly_and_from_another_place(own, monkeypatch):
+    train.main([*own, "--out", "whole"])
+    done, real = [], LoDisc.update_momentum
+
+    def step_then_die(self, m):
+        real(self, m)
+        done.append(m)
+        if len(done) == 4:
+            raise KeyError
+
+    monkeypatch.setattr(LoDisc, "update_momentum", step_then_die)
+    with pytest.raises(KeyError):
+        train.main([*own, "--out", "part"])
+    Path("elsewhere").mkdir()
+    Path("own.py").rename("elsewhere/moved.py")
+    with pytest.raises(UserError, match="own.py:Third: no such file"):
+        train.main(["--resume", "part"])
+    with pytest.raises(UserError, match="other settings for method"):
+        train.main(["--resume", "part", "--method", "elsewhere/moved.py:Other"])
+    train.main(["--resume", "part", "--method", "elsewhere/moved.py:Third"])
+    assert same(weights("whole"), weights("part"))
+    config = torch.load("part/checkpoint.pt", weights_only=True)["config"]
+    assert config["method"].endswith("elsewhere/moved.py:Third")
+
+
+@pytest.mark.slow
+def test_it_resumes_bit_exactly_after_sigkill(own):
+    own = [*own, "--epochs", "9"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *own, "--out", "part"], text=True,
+                               stdout=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith("epoch 3/"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train.main(["--resume", "part"])
+    train.main([*own, "--out", "whole"])
+    assert same(weights("part"), weights("whole"))
+
+
+def test_without_masks_there_is_no_film(own):
+    train.main([*own, "--method-option", "shown=False", "--out", "run"])
+    assert torch.load("run/checkpoint.pt", weights_only=True)["film"] == []
+    image = str(next(Path("flowers/test").rglob("*.jpg")))
+    evaluation.main(["masks", "run", image])
+    assert Path("run/masks.png").is_file() and Path("run/run.png").is_file()
+
+
+@pytest.mark.parametrize("method, says", [
+    ("missing.py:Third", "missing.py:Third: no such file"), ("own.py:Nothing", "no class Nothing"),
+    ("own.py", "no such file")])
+def test_a_method_that_is_not_there_is_one_line(own, method, says):
+    with pytest.raises(UserError, match=says) as error:
+        train.main([*own, "--method", method, "--out", "run"])
+    assert "\n" not in str(error.value) and not Path("run").exists()
+
+
+def test_values_of_options_are_python_literals_or_text():
+    assert train.method_options(["a=1", "b=1e-3", "c=True", "d=(1, 2)", "e=text", "f=a=b"]) == {
+        "a": 1, "b": 1e-3, "c": True, "d": (1, 2), "e": "text", "f": "a=b"}
+
+
+def test_held_out_runs_are_evaluated_on_the_held_out_images(flowers, capsys):
+    for path in (flowers / "test").rglob("*.jpg"):
+        path.write_bytes(b"never opened")
+    train.main(["--data", str(flowers), *SMALL, "--held-out", "--out", "run"])
+    results = json.loads(Path("run/eval.json").read_text())
+    assert results["retrieval"]["queries"] == 6  # a fifth of 12 each
+    evaluation.main(["retrieval", "run", "--workers", "0"])
+    assert json.loads(Path("run/eval.json").read_text())["retrieval"] == results["retrieval"]
