@@ -652,13 +652,12 @@ def load_encoder(path, momentum=False, image_size=None) -> VisionTransformer:
             left_out.add(ours.split(".")[0])
         else:
             state[ours] = tensor.float()
-    for name in [name for name in state if re.search(r"\.ls[12]\.gamma$", name)]:  # DINOv2
-        scale = state.pop(name)
-        layer = name[:-9] + ("attn.proj." if name.endswith("ls1.gamma") else "mlp.fc2.")
-        state[layer + "weight"] = scale[:, None] * state[layer + "weight"]
-        state[layer + "bias"] = scale * state[layer + "bias"]
-
     try:
+        for name in [name for name in state if re.search(r"\.ls[12]\.gamma$", name)]:  # DINOv2
+            scale = state.pop(name)
+            layer = name[:-9] + ("attn.proj." if name.endswith("ls1.gamma") else "mlp.fc2.")
+            state[layer + "weight"] = scale[:, None] * state[layer + "weight"]
+            state[layer + "bias"] = scale * state[layer + "bias"]
         dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
         depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
         heads = 12 if kind == "MoCo v3" and dim == 384 else dim // 64
@@ -671,7 +670,7 @@ def load_encoder(path, momentum=False, image_size=None) -> VisionTransformer:
                                         config.get("heads", heads), True, True)
         state["pos_embed"] = resize_positions(state["pos_embed"], image_size // patch_size)
         encoder.load_state_dict(state)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (LookupError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())  # names missing, unexpected and misshapen tensors
         raise UserError(f"{path} ({kind}) does not fit the encoder: {reason[:300]}") from None
     encoder.mean, encoder.std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses too; tiny tensors gain nothing
+
 import pytest
 import torch
 from hypothesis import settings

@@ -1,4 +1,4 @@
-"""The drawn birds, folders of pictures, seeded augmentation."""
+"""The drawn birds, folders of images, seeded augmentation, the order of batches."""
 
 import hashlib
 import shutil
@@ -22,7 +22,7 @@ def digest(image):
     return hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
 
 
-def test_a_bird_is_a_function_of_seed_split_and_index():
+def test_bird_is_a_function_of_seed_split_and_index():
     image, regions = draw(0, "test", 7)
     draw.cache_clear()
     again, regions_again = draw(0, "test", 7)
@@ -31,7 +31,7 @@ def test_a_bird_is_a_function_of_seed_split_and_index():
     assert len(others | {digest(image)}) == 4
 
 
-def test_birds_are_balanced_and_no_test_picture_is_a_training_picture():
+def test_birds_are_balanced_and_splits_disjoint():
     data = load_data("synthetic")
     assert len(data.test) >= 1000
     for split in (data.train, data.test):
@@ -46,24 +46,24 @@ def test_birds_are_balanced_and_no_test_picture_is_a_training_picture():
 @pytest.mark.parametrize("family", range(len(FAMILIES)))
 def test_species_differ_only_in_the_parts(monkeypatch, family):
     """The same draw of all species of a family: other pixels lie in the parts, or at their edge."""
-    pictures = []
+    images = []
     for species in range(len(SPECIES)):
         label = family * len(SPECIES) + species
         monkeypatch.setattr(birds, "CLASSES", CLASSES[label:label + 1])
-        pictures.append([np.asarray(x).astype(int) for x in draw.__wrapped__(0, "test", 5)])
-    plain, regions = pictures[0]
+        images.append([np.asarray(x).astype(int) for x in draw.__wrapped__(0, "test", 5)])
+    plain, regions = images[0]
     near = np.zeros(regions.shape, bool)
     for dy in range(-1, 2):
         for dx in range(-1, 2):
             near |= np.roll(regions == PART, (dy, dx), (0, 1))
-    for image, its_regions in pictures[1:]:
+    for image, its_regions in images[1:]:
         differs = (np.abs(image - plain) > 25).any(-1)
         assert 0.002 < differs.mean() < 0.2
         assert (differs & ~near).sum() <= 0.05 * differs.sum()
         assert np.array_equal(its_regions, regions)
 
 
-def test_regions_cover_a_sensible_share():
+def test_regions_cover_a_plausible_fraction():
     shares = np.array([[(np.asarray(draw(0, "test", i)[1]) >= BIRD).mean(),
                         (np.asarray(draw(0, "test", i)[1]) == PART).mean()] for i in range(100)])
     assert (shares[:, 0] > 0.04).all() and 0.1 < shares[:, 0].mean() < 0.4
@@ -71,8 +71,8 @@ def test_regions_cover_a_sensible_share():
 
 
 def test_views_depend_on_seed_epoch_and_index_alone():
-    pictures = Birds("train", 10)
-    views = TwoViews(pictures, 32, MEAN, STD, seed=3)
+    images = Birds("train", 10)
+    views = TwoViews(images, 32, MEAN, STD, seed=3)
     one = views[2, 5]
     torch.rand(7)
     state = torch.get_rng_state()
@@ -80,7 +80,7 @@ def test_views_depend_on_seed_epoch_and_index_alone():
     assert torch.equal(state, torch.get_rng_state())  # the caller's generator is left alone
     assert all(torch.equal(a, b) for a, b in zip(one, again))
     assert one[0].shape == one[1].shape == (3, 32, 32) and not torch.equal(*one)
-    for other in (views[3, 5], views[2, 6], TwoViews(pictures, 32, MEAN, STD, seed=4)[2, 5]):
+    for other in (views[3, 5], views[2, 6], TwoViews(images, 32, MEAN, STD, seed=4)[2, 5]):
         assert not torch.equal(one[0], other[0])
 
 
@@ -97,7 +97,7 @@ def test_augmentation_is_byols_asymmetric_pair():
         assert tuple(blurred.transforms[0].sigma) == (0.1, 2.0)
 
 
-def test_blur_is_as_wide_as_drawn():
+def test_blur_has_the_drawn_sigma():
     """A white line on black becomes a bell whose standard deviation lies between the two."""
     line = torch.zeros(41, 41, dtype=torch.uint8)
     line[:, 20] = 255
@@ -118,6 +118,7 @@ def epochs_of(batches, epochs):
 def test_order_is_seeded_by_seed_and_epoch():
     first, second = epochs_of(Batches(20, 4, seed=1), range(2))
     assert [first, second] == epochs_of(Batches(20, 4, seed=1), range(2))
+    assert [second] == epochs_of(Batches(20, 4, seed=1), [1])  # as after a resume
     for epoch, batches in enumerate([first, second]):
         pairs = sum(batches, [])
         assert {e for e, _ in pairs} == {epoch} and sorted(i for _, i in pairs) == list(range(20))
@@ -131,7 +132,7 @@ def test_no_two_purposes_share_a_seed():
         (augment.ORDER, [(e,) for e in range(9)]),
         (augment.AUGMENTATION, [(e, i) for e in range(9) for i in range(9)]),
         (augment.MASKS, [(e, r) for e in range(9) for r in range(9)])) for rest in tails]
-    assert len(set(seeds)) == len(seeds)
+    assert len(set(seeds)) == len(seeds) == 4 * (9 + 81 + 81)
     generator = torch.Generator().manual_seed(mix_seed(augment.ORDER, 1, 0))
     assert [i for _, i in sum(Batches(20, 4, seed=1), [])] == \
         torch.randperm(20, generator=generator).tolist()
@@ -160,7 +161,7 @@ def test_plain_crop_takes_the_middle():
     assert torch.allclose(tensor.mean((1, 2)), expected, atol=1e-5)
 
 
-def test_a_folder_with_train_and_test(flowers):
+def test_folder_with_train_and_test(flowers):
     data = load_data(str(flowers))
     assert len(data.train) == 36 and len(data.test) == 12
     assert data.train.classes == ["class 0", "class 1", "class 2"]
@@ -173,7 +174,7 @@ def test_val_serves_as_test(flowers):
 
 
 @pytest.mark.parametrize("layout", ["no test", "no split", "no labels", "nested"])
-def test_folders_without_labels_or_splits_train_all_the_same(flowers, tmp_path, layout):
+def test_folders_without_labels_or_splits_are_trained_on(flowers, tmp_path, layout):
     root = flowers
     if layout == "no test":
         shutil.rmtree(flowers / "test")
@@ -193,7 +194,7 @@ def test_folders_without_labels_or_splits_train_all_the_same(flowers, tmp_path, 
     assert data.train[0][0].mode == "RGB"
 
 
-def test_folders_that_cannot_be_right(flowers, tmp_path):
+def test_bad_folders_are_refused(flowers, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_data(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()

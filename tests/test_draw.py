@@ -1,4 +1,7 @@
-"""The picture of a run: what it shows is what happened."""
+"""run.png and the mask sheet, from arrays; what imports what."""
+
+import ast
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,17 +9,22 @@ import torch
 from PIL import Image
 
 import train
-from data.draw import BLUE, FRAME, GAP, HEIGHT, ORANGE, WIDTH, colours_of, mask_sheet, run_sheet
+from data.draw import (BLUE, FRAME, GAP, GREY, HEIGHT, ORANGE, WIDTH, colours_of, example_indices,
+                       mask_sheet, run_sheet)
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["lodisc", "data", "eval", "train"]  # a module imports none to its right
 
 
-def sheet(losses={"global_loss": [3.0, 2.0, 1.0]}, metrics=None, moments=8):
+def sheet(losses={"global_loss": [3.0, 2.0, 1.0]}, metrics=None, epochs=8, level=3.5):
     history = [{"epoch": epoch, "total": 9.0, **dict(zip(losses, row))}
                for epoch, row in enumerate(zip(*losses.values()), start=1)]
     masks = torch.zeros(8, 4, dtype=torch.bool)
     masks[:, 1] = True  # upper right
-    film = [(epoch, masks if epoch < 3 else ~masks) for epoch in range(moments)]
+    film = [(epoch, masks if epoch < 3 else ~masks) for epoch in range(epochs)]
+    film[-1] = epochs - 1, torch.ones_like(masks) if epochs > 8 else film[-1][1]
     images = [Image.new("RGB", (16, 16), (200, 20 * i, 90)) for i in range(8)]
-    levels = dict.fromkeys(losses, 3.5)
+    levels = dict.fromkeys(losses, level)
     return np.asarray(run_sheet(history, levels, metrics, images, film).convert("RGB")).astype(int)
 
 
@@ -24,7 +32,7 @@ def near(pixels, colour):
     return np.abs(pixels - colour).max(-1) < 12
 
 
-def test_the_film_has_a_row_per_image_and_a_column_per_moment():
+def test_film_has_a_row_per_image_and_a_column_per_epoch():
     pixels = sheet()
     assert pixels.shape[1] == WIDTH and pixels.shape[0] >= HEIGHT + 8 * FRAME
     for row in range(8):
@@ -34,11 +42,11 @@ def test_the_film_has_a_row_per_image_and_a_column_per_moment():
                         (200, 20 * row, 90))
             half = tile.shape[0] // 2
             upper_right, lower_left = tile[5:half - 5, half + 5:-5], tile[half + 5:-5, 5:half - 5]
-            assert upper_right.mean() == (1 if column <= 3 else 0)  # column 0: the picture itself
+            assert upper_right.mean() == (1 if column <= 3 else 0)  # column 0: the image itself
             assert lower_left.mean() == (1 if column == 0 or column > 3 else 0)
 
 
-def test_curves_fall_as_the_losses_do():
+def test_curves_follow_the_losses():
     pixels = sheet({"global_loss": [3.0, 2.0, 1.0], "local_loss": [3.2, 3.1, 3.0]})
     panel = pixels[40:HEIGHT - 55, 75:WIDTH // 2 - 40]
     heights = []
@@ -62,7 +70,7 @@ def test_bars_are_as_high_as_the_metrics():
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_a_run_without_test_images_is_drawn(flowers):
+def test_run_without_test_images_is_drawn(flowers):
     train.main(["--data", str(flowers / "train"), "--arch", "vit_nano", "--image-size", "16",
                 "--patch-size", "8", "--epochs", "1", "--batch-size", "12", "--workers", "0",
                 "--device", "cpu", "--method", "global", "--out", "run"])
@@ -70,26 +78,93 @@ def test_a_run_without_test_images_is_drawn(flowers):
         assert image.size[0] == WIDTH
 
 
-def test_at_most_eight_moments_first_and_last_among_them_are_drawn():
-    pixels, few = sheet(moments=30), sheet(moments=3)
-    assert pixels.shape == sheet().shape == few.shape
-    columns = [near(pixels[HEIGHT + 32 + GAP:HEIGHT + FRAME, x * FRAME + GAP:(x + 1) * FRAME],
-                    (200, 0, 90)).mean() for x in range(9)]
-    assert columns[0] > 0.9 and 0.2 < columns[1] < 0.4 and columns[2] > 0.5  # epochs 0 and 4
+def test_film_has_eight_epochs_at_most_first_and_last_included():
+    assert sheet(epochs=30).shape == sheet().shape == sheet(epochs=3).shape
+    for epochs, fractions in ((30, [0.25] + 6 * [0.75] + [1]), (8, 3 * [0.25] + 5 * [0.75]),
+                              (1, [0.25])):
+        pixels = sheet(epochs=epochs)[HEIGHT + 32 + GAP:HEIGHT + 20 + FRAME]
+        kept = [near(pixels[:, x * FRAME + GAP + 2:(x + 1) * FRAME - 2], (200, 0, 90)).mean()
+                for x in range(1, len(fractions) + 1)]
+        assert kept == pytest.approx(fractions, abs=0.1)
+        assert near(pixels[:, (len(fractions) + 1) * FRAME + GAP:], (255, 255, 255)).all()
 
 
-def test_names_that_are_not_known_have_colours_of_their_own():
+def test_chance_level_is_dashed_at_its_height():
+    rows = []
+    for level in (1.0, 2.0, 3.0):
+        panel = sheet({"global_loss": [3.0, 2.0, 1.0]}, level=level)[40:HEIGHT - 60,
+                                                                     72:WIDTH // 2 - 40]
+        grey = near(panel, GREY)
+        rows.append(grey.sum(1).argmax())
+        assert 0.3 < grey[rows[-1]].mean() < 0.7
+    assert rows[0] - rows[1] == pytest.approx(rows[1] - rows[2], abs=2) and rows[0] > rows[2] + 100
+
+
+def test_method_without_loss_fields_has_the_curve_of_its_total():
+    page = run_sheet([{"epoch": 1, "total": 3.0}, {"epoch": 2, "total": 1.0}], {}, None,
+                     [Image.new("RGB", (16, 16))] * 8, [])
+    panel = np.asarray(page.convert("RGB")).astype(int)[40:HEIGHT - 55, 75:WIDTH // 2 - 40]
+    rows, columns = near(panel, colours_of(["total"])["total"]).nonzero()
+    assert rows[columns > columns.max() - 20].mean() - rows[columns < 260].mean() > 100
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 60])
+def test_example_indices_spread_over_the_images(n):
+    indices = example_indices(n)
+    assert len(indices) == 8 and indices == sorted(indices) and set(indices) <= set(range(n))
+    assert len(set(indices)) == min(n, 8) and indices[-1] >= n * 7 // 8
+
+
+def test_unknown_losses_have_distinct_colours():
     colours = colours_of(["global loss", "third loss", "fourth loss"])
     assert len(set(colours.values())) == 3 and colours["global loss"] == BLUE
+    names = ["global loss", "local loss", "a", "b", "c"]
+    assert list(map(len, (colours_of(names), set(colours_of(names).values())))) == [5, 5]
 
 
-def test_a_branch_that_is_never_used_is_not_drawn():
+def test_unused_branch_is_not_drawn():
     with_zeros = sheet({"global_loss": [3.0, 2.0], "local_loss": [0.0, 0.0]})
     assert np.array_equal(with_zeros, sheet({"global_loss": [3.0, 2.0]}))
 
 
-def test_mask_sheet_without_masks_has_two_rows():
+def test_mask_sheet_rows_are_image_importance_and_kept_patches():
     images = [Image.new("RGB", (16, 16), (200, 9, 90))]
-    importance, masks = torch.arange(4.0)[None], torch.tensor([[True, False, False, False]])
+    importance, masks = torch.arange(4.0)[None], torch.tensor([[False, False, True, False]])
     two, three = mask_sheet(images, importance, None), mask_sheet(images, importance, masks)
     assert three.height - two.height == 132 and two.width == three.width
+    pixels = np.asarray(three).astype(int)
+    assert np.array_equal(pixels[:two.height], np.asarray(two))
+    image, heat, kept = (pixels[y:y + 128, -132:-4] for y in (4, 136, 268))
+    assert near(image, (200, 9, 90)).all()
+    brightness = [heat[y, x].sum() for y in (32, 96) for x in (32, 96)]
+    assert brightness == sorted(brightness) and len(set(brightness)) == 4
+    assert near(kept[70:, :60], (200, 9, 90)).all() and near(kept[:60], 0).all()
+    assert near(kept[:, 70:], 0).all()
+
+
+# --- imports ----------------------------------------------------------------------------------
+
+
+def imports_of(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+def test_imports_run_one_way():
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]
+    assert {path.stem for path in paths if path.parent == ROOT} == {*ORDER} - {"data"}
+    for path in paths:
+        own = ORDER.index("data" if path.parent.name == "data" else path.stem)
+        assert not imports_of(path) & set(ORDER[own + 1:]), path
+        assert "tests" not in imports_of(path)
+    assert "train" not in set().union(*map(imports_of, paths))
+
+
+def test_draw_imports_nothing_of_the_project():
+    assert not imports_of(ROOT / "data" / "draw.py") & set(ORDER)

@@ -1,5 +1,6 @@
-"""Picture files as people have them: read with the right pixels, or one line with their path."""
+"""Image files of every kind: read with the right pixels, or one line with their path."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -28,12 +29,12 @@ def palette(path, **options):
 
 
 def rotated(path):
-    """Stored lying, to be shown turned by 90 degrees: its upper left is the shown upper right."""
-    picture = Image.new("RGB", (32, 16), RED)
-    picture.paste((0, 0, 255), (0, 0, 8, 8))
+    """Stored lying, with an EXIF note to turn it by 90 degrees: upper left to upper right."""
+    image = Image.new("RGB", (32, 16), RED)
+    image.paste((0, 0, 255), (0, 0, 8, 8))
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(path, exif=exif, quality=100)
+    image.save(path, exif=exif, quality=100)
 
 
 GOOD = {  # name: (how it is written, size, colour of the lower right pixel)
@@ -54,12 +55,12 @@ GOOD = {  # name: (how it is written, size, colour of the lower right pixel)
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_what_can_be_read_has_the_right_pixels(name, tmp_path):
+def test_readable_images_have_the_right_pixels(name, tmp_path):
     write, size, colour = GOOD[name]
     write(tmp_path / name)
-    picture = open_image(tmp_path / name)
-    assert picture.mode == "RGB" and picture.size == size
-    pixels = np.asarray(picture).astype(int)
+    image = open_image(tmp_path / name)
+    assert image.mode == "RGB" and image.size == size
+    pixels = np.asarray(image).astype(int)
     assert np.abs(pixels[-1, -1] - colour).max() <= 3
     if name == "rotated.jpg":
         assert pixels[0, -1, 2] > 200 and pixels[0, 0, 2] < 100
@@ -72,24 +73,32 @@ def broken(path, kind):
         path.write_bytes(whole.read_bytes()[:1500])
         whole.unlink()
     else:
-        path.write_bytes(b"" if kind == "empty" else b"not a picture\n")
+        path.write_bytes(b"" if kind == "empty" else b"not an image\n")
 
 
-@pytest.mark.parametrize("kind, workers", [("truncated", "2"), ("empty", "0"), ("text", "0")])
-def test_what_cannot_be_read_stops_with_one_line_and_its_path(kind, workers, flowers):
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text"])
+def test_unreadable_images_are_one_line_with_their_path(kind, flowers, elsewhere):
     bad = flowers / "train" / "class 1" / "bad one.jpg"
     broken(bad, kind)
-    with pytest.raises(UserError, match="bad one.jpg"):
-        open_image(bad)
+    for read in (lambda: open_image(bad), lambda: train.main(["--data", str(flowers), *SMALL])):
+        with pytest.raises(UserError, match="is no readable image") as caught:
+            read()
+        assert str(caught.value).startswith(str(bad)) and "\n" not in str(caught.value)
+
+
+def test_unreadable_image_in_a_loading_process_ends_the_run_with_one_line(flowers):
+    bad = flowers / "train" / "class 1" / "bad one.jpg"
+    broken(bad, "truncated")
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", "--data", flowers, "--image-size", "16", "--epochs",
-         "1", "--batch-size", "12", "--workers", workers, "--device", "cpu"],
+         "1", "--batch-size", "12", "--workers", "2", "--device", "cpu"],
         capture_output=True, text=True, timeout=200, cwd=flowers.parent)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1 and str(bad) in done.stderr
+    assert done.stderr.startswith(f"train.py: {bad}")
 
 
-def test_a_folder_of_every_kind_of_picture_trains(tmp_path, elsewhere):
+def test_folder_of_every_kind_of_image_trains(tmp_path, elsewhere):
     for split in ("train", "test"):
         for label in ("a", "b c"):
             folder = tmp_path / "data" / split / label
@@ -98,11 +107,6 @@ def test_a_folder_of_every_kind_of_picture_trains(tmp_path, elsewhere):
                 write(folder / name)
     train.main(["--data", "data", *SMALL, "--batch-size", "8"])
     assert (tmp_path / "runs" / "data-lodisc-1" / "eval.json").is_file()
-
-
-def run(script, *arguments, cwd):
-    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, timeout=200)
 
 
 def drop(folder, keep=0):
@@ -114,14 +118,14 @@ def empty_class(data):
     drop(data / "train" / "class 1")
 
 
-def one_picture(data):
+def one_image(data):
     drop(data / "train", keep=1)
     drop(data / "train" / "class 0", keep=1)
     drop(data / "test")
     shutil.copytree(data / "train" / "class 0", data / "test" / "class 0")
 
 
-def one_test_picture_a_class(data):
+def one_test_image_a_class(data):
     for label in (data / "test").iterdir():
         drop(label, keep=1)
 
@@ -138,8 +142,8 @@ def odd_names(data):
 
 FOLDERS = {  # what is done to the folder: (exit status, what is said)
     empty_class: (2, "class 1"),
-    one_picture: (2, "got 1"),
-    one_test_picture_a_class: (0, "no retrieval"),
+    one_image: (2, "got 1"),
+    one_test_image_a_class: (0, "no retrieval"),
     one_class: (0, "linear top-1"),
     odd_names: (0, "linear top-1"),
     lambda data: shutil.rmtree(data / "test"): (0, "training without evaluation"),
@@ -149,11 +153,11 @@ FOLDERS = {  # what is done to the folder: (exit status, what is said)
 
 
 @pytest.mark.parametrize("spoil", FOLDERS)
-def test_folders_as_people_have_them(spoil, flowers, elsewhere, capsys):
+def test_folders_of_every_kind_train_or_are_one_line(spoil, flowers, elsewhere, capsys):
     spoil(flowers)
     status, says = FOLDERS[spoil]
     options = ["--data", str(flowers), *SMALL, "--out", "run"]
-    if status:  # one line on the screen, as test_scripts_from_the_shell sees
+    if status:
         with pytest.raises(UserError, match=says) as caught:
             train.main(options)
         assert "\n" not in str(caught.value)
@@ -164,18 +168,28 @@ def test_folders_as_people_have_them(spoil, flowers, elsewhere, capsys):
     assert Path("run").exists() == (status == 0)
 
 
-def test_evaluation_names_what_it_cannot_read(flowers, elsewhere):
-    home = Path.cwd()
+@pytest.mark.usefixtures("elsewhere")
+def test_evaluation_names_unreadable_files(flowers, monkeypatch, capsys):
     train.main(["--data", str(flowers / "train"), *SMALL, "--out", "run"])
     bad = flowers / "test" / "class 1" / "bad one.jpg"
     broken(bad, "text")
+    options = ["--data", str(flowers), "--device", "cpu", "--workers", "1"]
+    capsys.readouterr()
+    with pytest.raises(UserError) as caught:  # of a loading process, with its traceback
+        evaluation.main(["all", "run", *options])
+    monkeypatch.setattr(os, "_exit", lambda status: codes.append(status))
+    codes = []
+    evaluation.exit_with_line("eval.py", caught.value)
+    line = capsys.readouterr().err
+    assert codes == [2] and line.startswith(f"eval.py: {bad} is no") and line.count("\n") == 1
+    with pytest.raises(UserError, match="bad one.jpg") as caught:
+        evaluation.main(["masks", "run", str(bad), "--device", "cpu"])
+    assert "\n" not in str(caught.value)
 
-    done = run("eval.py", "all", "run", "--data", flowers, "--workers", 1, cwd=home)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(bad) in done.stderr
 
-    def refused(main, *arguments, says):
-        with pytest.raises(UserError, match=says) as caught:
-            main([*map(str, arguments)])
-        assert "\n" not in str(caught.value)
-
-    refused(evaluation.main, "masks", "run", bad, says="bad one.jpg")
+@pytest.mark.usefixtures("elsewhere")
+def test_damaged_results_are_not_overwritten():
+    Path("eval.json").write_text("{half")
+    with pytest.raises((UserError, ValueError)):
+        evaluation.save_results(Path("."), {"knn": {"top1": 0.5}})
+    assert Path("eval.json").read_text() == "{half" and not Path("per_image.json").exists()

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.models import ViT_B_16_Weights
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 import eval as evaluation
 import train
 from conftest import same, weights
 from data.datasets import load_data
-from lodisc import (IMAGENET_MEAN, IMAGENET_STD, LoDisc, UserError, VisionTransformer, create_vit,
-                    load_encoder, resize_positions)
+from lodisc import (IMAGENET_MEAN, IMAGENET_STD, LoDisc, UserError, VisionTransformer, load_encoder,
+                    resize_positions)
 
 PATCH, SIZE, WIDTH, DEPTH, HEADS = 16, 32, 128, 12, 2
 SMALL = ["--image-size", "16", "--batch-size", "12", "--epochs", "1", "--workers", "0",
@@ -251,17 +252,21 @@ ODD = {  # name: (change of a timm state dict, match)
     "register tokens": (lambda s: s | zeros(["register_tokens"]), '"register_tokens"'),
     "relative positions": (lambda s: s | zeros(["blocks.0.attn.relative_position_bias_table"]),
                            r'"blocks\.0\.attn\.relative_position_bias_table"'),
+    "another norm": (lambda s: s | zeros(["fc_norm.weight"]), r'"fc_norm\.weight"'),
     "q norm": (lambda s: s | zeros(["blocks.3.attn.q_norm.weight"]),
                r'"blocks\.3\.attn\.q_norm\.weight"'),
     "a part": (lambda s: {n: t for n, t in s.items() if n != "blocks.3.attn.qkv.bias"},
                r'[Mm]issing.*"blocks\.3\.attn\.qkv\.bias"'),
     "no positions": (lambda s: {n: t for n, t in s.items() if n != "pos_embed"}, "pos_embed"),
+    "no patches": (lambda s: {n: t for n, t in s.items() if n != "patch_embed.proj.weight"},
+                   r"patch_embed\.proj\.weight"),
     "another shape": (lambda s: s | {"norm.weight": torch.zeros(3)}, r"size.*norm\.weight"),
     "no grid": (lambda s: s | {"pos_embed": torch.zeros(1, 6, WIDTH)}, "size.*pos_embed"),
     "another kind of patches": (lambda s: s | {"patch_embed.proj.weight": torch.zeros(3, 3)},
                                 "does not fit the encoder"),
     "no ViT": (lambda s: zeros(["fc.weight", "fc.bias"]), "no ViT of a known format"),
     "no tensors": (lambda s: {"epoch": 3}, "no ViT of a known format"),
+    "a number": (lambda s: {"model": 3}, "no ViT of a known format"),
     "a tensor": (lambda s: torch.zeros(3), "cannot be read; expected tensors"),
     "a gated MLP": (lambda s: {n: t for n, t in s.items() if ".fc2." not in n}
                     | {"blocks.0.ls2.gamma": torch.ones(WIDTH)}, r"blocks\.0\.mlp\.fc2\.weight"),
@@ -305,6 +310,8 @@ def test_number_of_heads(tmp_path):
     assert heads(moco_file(small, small)) == 12  # MoCo v3's own ViT-S
     assert heads(deit_file(small, small)) == heads(dino_file(small, small)) == 6
     assert heads(own_file(small, small)) == 12
+    assert heads({**own_file(small, small), "config": {"heads": 4, "image_size": 64}}) == 4
+    assert load_encoder(path).image_size == 64
     nano = new_encoder(width=96, depth=1, heads=3)
     assert heads(own_file(nano, nano)) == 3
     assert heads({"state_dict": backbone(nano), "config": sizes(nano)}) == 3
@@ -369,8 +376,10 @@ def test_init_trains_all_weights_of_the_file(flowers, capsys):
     file = new_encoder(24, 8, 96, 4, 3)
     torch.save({"state_dict": file.state_dict(), "config": sizes(file)}, "nano.pth")
     options = ["--data", str(flowers / "train"), *SMALL, "--init", "nano.pth"]
-    with pytest.raises(UserError, match="--patch-size 16 disagrees with --init .*, which has 8"):
-        train.main([*options, "--patch-size", "16", "--out", "run"])
+    for wrong in (["--patch-size", "16"], ["--arch", "vit_tiny"]):
+        with pytest.raises(UserError, match=rf"{' '.join(wrong)} disagrees .*nano\.pth, which has"):
+            train.main([*options, *wrong, "--out", "run"])
+        assert not Path("run").exists()
     train.main([*options, "--encoder-lr", "0.01", "--out", "run"])
     assert "weights of " in capsys.readouterr().out
     config = torch.load("run/checkpoint.pt", weights_only=True)["config"]
@@ -384,9 +393,34 @@ def test_init_trains_all_weights_of_the_file(flowers, capsys):
     for name in ("pos_embed", "patch_embed.proj.weight", "cls_token"):
         assert not torch.equal(trained["encoder." + name], start[name])
         assert not torch.equal(trained["momentum_encoder." + name], start[name])
-    encoder = load_encoder("run")
-    assert all(torch.equal(trained["encoder." + name], tensor)
-               for name, tensor in encoder.state_dict().items())
+    for prefix, momentum in (("encoder.", False), ("momentum_encoder.", True)):
+        state = load_encoder("run", momentum).state_dict()
+        assert all(torch.equal(trained[prefix + name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_run_outlives_the_file_of_its_initial_weights(flowers, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "STRENGTHS", (1.0,))
+    file = new_encoder(24, 8, 96, 4, 3)
+    torch.save({"state_dict": file.state_dict(), "config": sizes(file)}, "nano.pth")
+    train.main(["--data", str(flowers), *SMALL, "--init", "nano.pth", "--out", "run"])
+    assert '"initial"' in Path("run/eval.json").read_text()
+    Path("nano.pth").unlink()
+    capsys.readouterr()
+    train.main(["--resume", "run"])
+    printed = capsys.readouterr().out
+    assert "no row for the initial weights" in printed and "trained" in printed
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_config_has_the_sizes_of_a_bare_file():
+    torch.save(backbone(new_encoder(24, 8, 128, 1, 2)), "bare.pth")
+    given, config = train.parse_args(["--init", "bare.pth"])
+    config |= given
+    train.fill_defaults(config, torch.device("cpu"), 36)
+    assert config["arch"] == "unnamed" and config["image_size"] == 96
+    assert [config[name] for name in ("dim", "depth", "heads", "patch_size")] == [128, 1, 2, 8]
+    assert (config["mean"], config["std"]) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -414,6 +448,7 @@ def test_named_weights_are_fetched_from_the_publisher(tmp_path, monkeypatch, nam
     assert same(train.published_encoder(config).state_dict(), base.state_dict())
     (url, options), = calls
     assert url == train.WEIGHTS[name] and url.startswith("https://")
+    assert (url == ViT_B_16_Weights.IMAGENET1K_V1.url) == (name == "imagenet")
     assert options["check_hash"] == (name == "imagenet") and options["weights_only"]
 
     def refuse(url, **options):
@@ -476,22 +511,24 @@ def run_eval(*arguments):
     evaluation.main([*map(str, arguments), "--device", "cpu", "--workers", "0"])
 
 
-@pytest.mark.parametrize("options, size, momentum", [
-    ([], 96, False), (["--image-size", "32"], 32, False), (["--momentum"], 96, True)])
-def test_evaluation_of_a_weights_file(flowers, weights_file, capsys, options, size, momentum):
+@pytest.mark.parametrize("options, size, momentum, kind", [
+    ([], 96, False, "class"), (["--image-size", "32"], 32, False, "class"),
+    (["--momentum"], 96, True, "class"), (["--features", "mean"], 96, False, "mean")])
+def test_evaluation_of_a_weights_file(flowers, weights_file, capsys, options, size, momentum, kind):
     run_eval("knn", weights_file, "--data", flowers, *options)
     printed = capsys.readouterr().out
     encoder = load_encoder(weights_file, momentum, size)
     assert f"at {size} px" in printed and "DINO, student and teacher" in printed
     found = evaluation.evaluate({"published": encoder}, load_data(str(flowers)),
-                                (size, IMAGENET_MEAN, IMAGENET_STD), "knn")
+                                (size, IMAGENET_MEAN, IMAGENET_STD), "knn", kind=kind)
     name = "momentum" if momentum else "published"
     assert evaluation.table({name: found["published"]}) in printed
     assert [path.name for path in weights_file.parent.iterdir()] == ["dino.pth"]
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["flowers", "published"]
 
 
-def test_all_metrics_of_a_weights_file(flowers, weights_file, capsys):
+def test_all_metrics_of_a_weights_file(flowers, weights_file, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "STRENGTHS", (1.0,))
     run_eval("all", weights_file, "--data", flowers, "--image-size", "32")
     printed = capsys.readouterr().out
     assert all(metric in printed for metric in evaluation.METRICS)
@@ -512,6 +549,13 @@ def test_masks_of_a_weights_file(flowers, weights_file, capsys):
     widths = [Image.open(name).size[0] for name in ("masks.png", "two.png", "eight.png")]
     assert widths[1] - widths[0] == (widths[2] - widths[1]) / 6 > 0
     assert [path.name for path in weights_file.parent.iterdir()] == ["dino.pth"]
+
+
+def test_export_of_a_weights_file(weights_file):
+    run_eval("export", weights_file, "--momentum")
+    assert [path.name for path in weights_file.parent.iterdir()] == ["dino.pth"]
+    assert same(load_encoder("encoder.pth").state_dict(),
+                load_encoder(weights_file, True, 96).state_dict())
 
 
 def test_masks_of_a_weights_file_keep_its_pivotal_patches(flowers, weights_file, monkeypatch):
