@@ -74,7 +74,8 @@ def fit_logistic(features, labels, classes, strength, start=None):
     features (n, D), labels (n,) -> weights (D + 1, classes), the last row the bias."""
     weights = features.new_zeros(features.shape[1] + 1, classes) if start is None else start.clone()
     weights.requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, tolerance_grad=1e-5,
+                                  tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -90,10 +91,9 @@ def fit_logistic(features, labels, classes, strength, start=None):
 def linear_probe(train, test, seed=0, device="cpu"):
     """Return top-1 and top-5 accuracy of a linear classifier on frozen features.
 
-    train, test: (features (n, D), labels (n,)). Features are standardised by the training set's
-    mean and deviation; the L2 strength is chosen on a tenth of train, held out class by class,
-    then the classifier is fitted again on all of it. L-BFGS with a chosen strength, not SGD for
-    a fixed number of epochs: values do not compare with published linear probes."""
+    train, test: (features (n, D), labels (n,)). Features are standardised by the training set; the
+    L2 strength is chosen on a tenth of it, held out class by class, then the classifier is fitted
+    on all. L-BFGS rather than SGD: values do not compare with published linear probes."""
     (features, labels), (test_features, test_labels) = [
         (features.to(device), labels.to(device)) for features, labels in (train, test)]
     mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)

@@ -97,7 +97,8 @@ def test_named_data_root_is_passed_on(tmp_path):
         experiments.main(["masks", "flowers17", "--data-root", str(tmp_path / "nowhere")])
 
 
-def test_unlabelled_images_are_refused_at_once(flowers):
+def test_unlabelled_images_are_refused_at_once(flowers, monkeypatch):
+    monkeypatch.delattr(train, "main")
     with pytest.raises(UserError, match="training without evaluation"):
         experiments.main(["methods", str(flowers / "train")])
     with pytest.raises(UserError, match="at most 10, got 11"):

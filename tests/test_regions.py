@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lodisc import (IMPORTANCES, attention_product, attention_rollout, attention_weights, create_vit,
-                    kept_count, last_attention, location_mask)
+from lodisc import (IMPORTANCES, attention_product, attention_rollout, attention_weights,
+                    create_vit, kept_count, last_attention, location_mask)
 
 
 def random_attention(layers, batch, heads, tokens, dtype=torch.float64):
