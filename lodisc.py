@@ -224,7 +224,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images) + self.pos_embed[:, 1:]  # (B, N, D)
         if keep is not None:
             if keep.dtype == torch.bool:
-                counts = keep.sum(dim=1)
+                counts = keep.sum(dim=-1)
                 require(keep.shape == x.shape[:2] and counts[0] > 0 and (counts == counts[0]).all(),
                         f"expected keep {tuple(x.shape[:2])} with the same number of True in every "
                         f"row, got {tuple(keep.shape)} with {counts.min()} to {counts.max()}")
@@ -286,8 +286,9 @@ def attention_rollout(attentions: list[Tensor]) -> Tensor:
     check_layers(attentions, dimensions=(4,))
     row = torch.zeros_like(widen(attentions[0])[:, 0, 0])  # (B, 1+N)
     row[:, 0] = 1  # the class token
-    for attention in reversed(attentions):  # a row times a matrix: O(N^2), not O(N^3)
-        row = (torch.einsum("bi,bij->bj", row, widen(attention).mean(dim=1)) + row) / 2
+    with torch.autocast(row.device.type, enabled=False):
+        for attention in reversed(attentions):  # a row times a matrix: O(N^2), not O(N^3)
+            row = (torch.einsum("bi,bij->bj", row, widen(attention).mean(dim=1)) + row) / 2
     return row[:, 1:]
 
 
@@ -340,8 +341,8 @@ def random_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor
 def block_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     """Ablation: keep one block of patches at a random place; arguments as for random_mask.
 
-    The k patches nearest to a random point in a stretched maximum norm: a rectangle, up to three
-    times as high as wide or as wide as high, trimmed to exactly k. The grid must be square."""
+    The k patches nearest to a random point in a stretched maximum norm: a rectangle of up to 3:1,
+    more where the border cuts it, trimmed to exactly k. The grid must be square."""
     batch, num_patches = importance.shape
     side, patch = math.isqrt(num_patches), torch.arange(num_patches)
     require(side * side == num_patches, f"expected a square grid of patches, got {num_patches}")

@@ -38,6 +38,13 @@ def test_rollout_matches_matrix_product():
     assert torch.allclose(attention_rollout(means), attention_rollout(matrices), atol=1e-12)
 
 
+def test_rollout_is_float32_under_autocast():
+    matrices = random_attention(12, 2, 3, 50, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = attention_rollout(matrices)
+    assert torch.allclose(result, attention_rollout(matrices), rtol=1e-5)
+
+
 def test_last_attention_uses_last_layer_only():
     matrices = random_attention(3, 2, 4, 6)
     expected = matrices[2][:, :, 0, 1:].mean(1)

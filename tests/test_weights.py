@@ -514,15 +514,25 @@ def run_eval(*arguments):
 @pytest.mark.parametrize("options, size, momentum, kind", [
     ([], 96, False, "class"), (["--image-size", "32"], 32, False, "class"),
     (["--momentum"], 96, True, "class"), (["--features", "mean"], 96, False, "mean")])
-def test_evaluation_of_a_weights_file(flowers, weights_file, capsys, options, size, momentum, kind):
+def test_evaluation_of_a_weights_file(flowers, weights_file, monkeypatch, capsys, options, size,
+                                      momentum, kind):
+    calls, evaluate = [], evaluation.evaluate
+
+    def record(*arguments):
+        calls.append((arguments, evaluate(*arguments)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(evaluation, "evaluate", record)
     run_eval("knn", weights_file, "--data", flowers, *options)
     printed = capsys.readouterr().out
-    encoder = load_encoder(weights_file, momentum, size)
     assert f"at {size} px" in printed and "DINO, student and teacher" in printed
-    found = evaluation.evaluate({"published": encoder}, load_data(str(flowers)),
-                                (size, IMAGENET_MEAN, IMAGENET_STD), "knn", kind=kind)
-    name = "momentum" if momentum else "published"
-    assert evaluation.table({name: found["published"]}) in printed
+    ((encoders, data, crop, *rest), results), = calls
+    (name, encoder), = encoders.items()
+    assert name == ("momentum" if momentum else "published") and rest[-1] == kind
+    assert same(encoder.state_dict(), load_encoder(weights_file, momentum, size).state_dict())
+    assert crop == (size, IMAGENET_MEAN, IMAGENET_STD)
+    assert data.test.paths == load_data(str(flowers)).test.paths
+    assert evaluation.table(results) in printed
     assert [path.name for path in weights_file.parent.iterdir()] == ["dino.pth"]
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["flowers", "published"]
 
