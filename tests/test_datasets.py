@@ -177,6 +177,15 @@ def test_missing_data_set_is_one_line_with_its_place(name, tmp_path):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+def test_reader_error_of_many_lines_is_one_line(tmp_path, monkeypatch):
+    def read(root, download):
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setitem(NAMED, "cub", (read, "here"))
+    with pytest.raises(UserError, match=r"^--data cub: first; expected in .*: here \(.*\)$"):
+        load_data("cub", tmp_path)
+
+
 def test_cars_cannot_be_downloaded(tmp_path):
     with pytest.raises(UserError, match=r"source .* is gone.*cars_train_annos\.mat"):
         load_data("cars", tmp_path, download=True)
@@ -189,6 +198,9 @@ def test_cub_download_fetches_a_checked_archive_once(cub, monkeypatch):
     load_data("cub", cub, download=True)
     assert calls == []  # it is there
     (cub / "CUB_200_2011").rename(cub / "elsewhere")
+    with pytest.raises(UserError, match="--data cub"):
+        load_data("cub", cub)
+    assert calls == []  # nobody asked for it
     with pytest.raises(UserError, match="--data cub"):
         load_data("cub", cub, download=True)
     ((url, root), options), = calls

@@ -142,7 +142,7 @@ def odd_names(data):
 
 FOLDERS = {  # what is done to the folder: (exit status, what is said)
     empty_class: (2, "class 1"),
-    one_image: (2, "got 1"),
+    one_image: (2, "expected 2 training images, got 1"),
     one_test_image_a_class: (0, "no retrieval"),
     one_class: (0, "linear top-1"),
     odd_names: (0, "linear top-1"),
