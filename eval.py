@@ -214,7 +214,7 @@ def load_method(name):
     path, _, wanted = name.rpartition(":")
     require(Path(path).is_file(), f"--method {name}: no such file; expected FILE.py:CLASS, or "
             f"{', '.join(METHODS)}", UserError)
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"method_{Path(path).stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     require(hasattr(module, wanted), f"--method {name}: no class {wanted} in that file", UserError)

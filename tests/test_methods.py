@@ -162,3 +162,10 @@ def test_held_out_runs_are_evaluated_on_the_held_out_images(flowers, capsys):
     assert results["retrieval"]["queries"] == 6  # a fifth of 12 each
     evaluation.main(["retrieval", "run", "--workers", "0"])
     assert json.loads(Path("run/eval.json").read_text())["retrieval"] == results["retrieval"]
+
+
+def test_a_method_file_replaces_no_other_module(flowers):
+    import random
+    Path("random.py").write_text("from lodisc import LoDisc\n")
+    assert evaluation.load_method("random.py:LoDisc") is LoDisc
+    assert sys.modules["random"] is random
