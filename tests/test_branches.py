@@ -225,6 +225,7 @@ def test_momentum_side_starts_as_copy_and_stays_in_train_mode():
                    for a, b in zip(online.parameters(), momentum.parameters(), strict=True))
     views = two_views()
     expected = model(*views).total
+    assert not model.eval().projector.training and model.train().projector.training
     model.eval()
     assert not model.projector.training
     for momentum in (model.momentum_encoder, model.momentum_projector):
@@ -451,12 +452,14 @@ def test_masks_of_diverged_encoder_keep_exactly_k(mask):
     (lambda: tiny()(two_views()[0], two_views(5)[0]), "(5, 3, 32, 32)"),
     (lambda: contrastive_loss(torch.zeros(3), torch.zeros(3), 0.2), "(3,)"),
     (lambda: contrastive_loss(torch.zeros(3, 2), torch.zeros(3, 4), 0.2), "(3, 4)"),
+    (lambda: contrastive_loss(torch.zeros(3, 2), torch.zeros(3, 2, 2), 0.2), "(3, 2, 2)"),
     (lambda: contrastive_loss(torch.zeros(0, 2), torch.zeros(3, 2), 0.2), "0 queries"),
     (lambda: contrastive_loss(torch.zeros(3, 2), torch.zeros(4, 2), 0.2, offset=2), "from key 2"),
     (lambda: contrastive_loss(torch.zeros(3, 2), torch.zeros(4, 2), 0.2, offset=-1), "from key -1"),
     (lambda: contrastive_loss(torch.zeros(3, 2), torch.zeros(3, 2), 0.0), "above 0"),
     (lambda: contrastive_loss(torch.zeros(3, 2), torch.zeros(3, 2), -0.2), "above 0"),
     (lambda: momentum_update(nn.Linear(2, 2), nn.Linear(2, 2), 1.5), "got 1.5"),
+    (lambda: momentum_update(nn.Linear(2, 2), nn.Linear(2, 2), -0.5), "got -0.5"),
     (lambda: momentum_update(nn.Linear(2, 2), nn.Linear(2, 3), 0.5), "differ"),
     (lambda: momentum_schedule(5, 4), "got 5"),
     (lambda: momentum_schedule(-1, 4), "got -1"),
