@@ -1,32 +1,34 @@
-"""Evaluate an encoder: linear probe, k-NN, retrieval, and a picture of its pivotal patches.
+"""Evaluate an encoder: linear probe, k-NN, retrieval, parts, a picture of its pivotal patches.
 
     python eval.py all runs/synthetic-lodisc-1
     python eval.py all WEIGHTS --data DIR        published weights, see README.md
     python eval.py masks runs/synthetic-lodisc-1 [my-image.jpg ...]
+    python eval.py parts runs/synthetic-lodisc-1 [--shots 10]
     python eval.py export runs/synthetic-lodisc-1
 
 A run's metrics go into its eval.json, and per test image into per_image.json. Features are of the
-online encoder on a centre crop; nothing is chosen on the test set.
-"""
+online encoder on a centre crop; nothing is chosen on the test set."""
 
 import argparse
 import importlib.util
 import json
 import os
 import sys
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
-from torchvision.transforms import InterpolationMode, v2
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms import v2
 
 from data.augment import Plain, plain_crop, to_tensor
-from data.birds import BIRD, PART
-from data.datasets import data_name, load_data, open_image
-from data.draw import example_indices, mask_sheet
+from data.birds import BIRD, PART, cropped_maps, part_labels
+from data.datasets import data_name, load_data, open_image, shuffled_by_class
+from data.draw import example_indices, mask_sheet, sheet
 from lodisc import (IMPORTANCES, METHODS, LoDisc, UserError, VisionTransformer, load_encoder,
                     location_mask, read_weights, require)
 
@@ -36,14 +38,24 @@ METRICS = {"linear top-1": ("linear", "top1"), "top-5": ("linear", "top5"),
            "k-NN top-1": ("knn", "top1"), "rank-1": ("retrieval", "rank1"),
            "rank-5": ("retrieval", "rank5"), "mAP": ("retrieval", "mAP")}
 MAIN_METRICS = {name: place for name, place in METRICS.items() if not name.endswith("-5")}
+SHOTS, DRAWS = 10, 10  # of few-shot part segmentation: labelled images, and draws of them
 LOADERS = min(8, max(1, (os.cpu_count() or 2) - 1))  # loading processes
 
 
 class RawPixels(torch.nn.Module):
-    """The baseline without an encoder: the image itself, pooled to 16 x 16 px, as a feature."""
+    """The baseline without an encoder: the image itself, pooled to 16 x 16 px, as a feature, and
+    in place of a patch's token its own pixels."""
+
+    def __init__(self, patch_size=1):
+        super().__init__()
+        self.patch_size = patch_size
 
     def forward(self, images):
         return F.adaptive_avg_pool2d(images, min(16, images.shape[-1])).flatten(1), []
+
+    def tokens(self, images):
+        patches = F.unfold(images, self.patch_size, stride=self.patch_size).mT  # (B, N, 3 p p)
+        return F.pad(patches, (0, 0, 1, 0)), []  # zeros for the class token
 
 
 @torch.no_grad()
@@ -51,7 +63,7 @@ def extract(encoders, dataset, crop, device="cpu", workers=0, kind="class", batc
     """{name: encoder} -> {name: (features (n, D), labels (n,))} on the CPU, reading images once.
 
     dataset: (image, class) pairs; crop: (image_size, mean, std), the encoders' input; kind:
-    "class", the class token, or "mean", the mean of the patch tokens."""
+    "class", the class token; "mean", the mean of the patch tokens; "patches", these, (n, N, D)."""
     loader = DataLoader(Plain(dataset, *crop), batch_size, num_workers=workers)
     encoders = {name: encoder.to(device).eval() for name, encoder in encoders.items()}
     features, labels = {name: [] for name in encoders}, []
@@ -59,21 +71,20 @@ def extract(encoders, dataset, crop, device="cpu", workers=0, kind="class", batc
         images = images.to(device)
         labels.append(label)
         for name, encoder in encoders.items():
-            if kind == "mean" and isinstance(encoder, VisionTransformer):
-                found = encoder.tokens(images)[0][:, 1:].mean(dim=1)
+            if kind == "class" or kind == "mean" and isinstance(encoder, RawPixels):
+                found = encoder(images)[0]  # (batch, D)
             else:
-                found = encoder(images)[0]
-            features[name].append(found.float().cpu())  # (batch, D)
-    labels = torch.cat(labels)
-    return {name: (torch.cat(rows), labels) for name, rows in features.items()}
+                found = encoder.tokens(images)[0][:, 1:]  # (batch, N, D)
+                found = found.mean(dim=1) if kind == "mean" else found
+            features[name].append(found.float().cpu())
+    return {name: (torch.cat(rows), torch.cat(labels)) for name, rows in features.items()}
 
 
-def fit_logistic(features, labels, classes, strength, start=None):
+def fit_logistic(features, labels, strength, start):
     """Multinomial logistic regression: mean cross-entropy + strength / 2 * |W|^2, by L-BFGS.
 
-    features (n, D), labels (n,) -> weights (D + 1, classes), the last row the bias."""
-    weights = features.new_zeros(features.shape[1] + 1, classes) if start is None else start.clone()
-    weights.requires_grad_()
+    features (n, D), labels (n,), start and result (D + 1, classes), the last row the bias."""
+    weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=200, tolerance_grad=1e-5,
                                   tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
@@ -88,48 +99,47 @@ def fit_logistic(features, labels, classes, strength, start=None):
     return weights.detach()
 
 
-def linear_probe(train, test, seed=0, device="cpu"):
+def linear_probe(train, test, seed=0, device="cpu", held_out=None):
     """Return top-1 and top-5 accuracy of a linear classifier on frozen features.
 
-    train, test: (features (n, D), labels (n,)). Features are standardised by the training set; the
-    L2 strength is chosen on a tenth of it, held out class by class, then the classifier is fitted
-    on all. L-BFGS rather than SGD: values do not compare with published linear probes."""
+    train, test: (features (n, D), labels (n,)). Features are standardised by the training set, the
+    L2 strength is chosen on held_out, bool (n,), by default a tenth of it class by class; then the
+    classifier is fitted on all. By L-BFGS, not SGD: values compare with no published probe's."""
     (features, labels), (test_features, test_labels) = [
         (features.to(device), labels.to(device)) for features, labels in (train, test)]
     mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
     features, test_features = (features - mean) / std, (test_features - mean) / std
     classes = int(labels.max()) + 1
-
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(device)
-    shuffled = shuffled[labels[shuffled].argsort(stable=True)]  # class by class
-    held_out = torch.zeros_like(labels, dtype=torch.bool)
-    held_out[shuffled[::10]] = True
-    held_out &= labels.bincount()[labels] > 1  # every class keeps an image to train on
-    losses, weights = {}, None
+    if held_out is None:
+        shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        shuffled = shuffled.to(device)[labels[shuffled].argsort(stable=True)]  # class by class
+        held_out = torch.zeros_like(labels, dtype=torch.bool)
+        held_out[shuffled[::10]] = True
+        held_out &= labels.bincount()[labels] > 1  # every class keeps an image to train on
+    losses, weights = {}, features.new_zeros(features.shape[1] + 1, classes)
     for strength in STRENGTHS:  # by cross-entropy: accuracy on so few images is too noisy
-        weights = fit_logistic(features[~held_out], labels[~held_out], classes, strength, weights)
+        weights = fit_logistic(features[~held_out], labels[~held_out], strength, weights)
         scores = features[held_out] @ weights[:-1] + weights[-1]
         losses[strength] = F.cross_entropy(scores, labels[held_out]).item()
     strength = min(losses, key=losses.get)
-    weights = fit_logistic(features, labels, classes, strength)
+    weights = fit_logistic(features, labels, strength, torch.zeros_like(weights))
     ranked = (test_features @ weights[:-1] + weights[-1]).topk(min(5, classes), dim=1).indices
     hits = ranked == test_labels[:, None]  # (n, 5)
     return {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item(),
-            "strength": strength, "per_image": {"top1": hits[:, 0].int().tolist()}}
+            "strength": strength, "per_image": {"top1": hits[:, 0].int().tolist(),
+                                                "predicted": ranked[:, 0].tolist()}}
 
 
-def knn(train, test, k=20, temperature=0.07, block=1024):
-    """Return top-1 accuracy of a weighted vote of the k nearest training images.
-
-    Cosine similarity s, weight exp(s / temperature); the protocol of Wu et al. 2018 and DINO."""
+def knn(train, test, k=20, temperature=0.07):
+    """Return top-1 accuracy of a vote of the k nearest training images by cosine similarity, each
+    weighted by exp(similarity / temperature): the protocol of Wu et al. 2018 and DINO."""
     bank, queries = F.normalize(train[0], dim=1), F.normalize(test[0], dim=1)
-    classes, hits = int(train[1].max()) + 1, []
-    for rows, labels in zip(queries.split(block), test[1].split(block)):
-        similarity, nearest = (rows @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(rows), classes)
-        votes.scatter_add_(1, train[1][nearest], (similarity / temperature).exp())
-        hits += (votes.argmax(1) == labels).int().tolist()
-    return {"top1": sum(hits) / len(queries), "per_image": {"top1": hits}}
+    found = [(rows @ bank.T).topk(min(k, len(bank)), dim=1) for rows in queries.split(1024)]
+    similarity, nearest = map(torch.cat, zip(*found))  # (n, k)
+    votes = torch.zeros(len(queries), int(train[1].max()) + 1)
+    votes.scatter_add_(1, train[1][nearest], (similarity / temperature).exp())
+    hits = votes.argmax(1) == test[1]
+    return {"top1": hits.double().mean().item(), "per_image": {"top1": hits.int().tolist()}}
 
 
 def retrieval(test, block=512):
@@ -141,8 +151,7 @@ def retrieval(test, block=512):
     features, labels = F.normalize(test[0], dim=1), test[1]
     n, others = len(labels), labels.bincount()[labels] - 1  # others of a query's class, (n,)
     require(others.max() > 0, "retrieval needs a class with two test images", UserError)
-    count = torch.arange(1, others.max() + 1)
-    found = []
+    count, found = torch.arange(1, others.max() + 1), []
     for own in torch.arange(n).split(block):
         similarity = features[own] @ features.T  # (block, n)
         same = labels[own, None] == labels
@@ -165,26 +174,20 @@ def evaluate(encoders, data, crop, what="all", device="cpu", workers=0, seed=0, 
     """{name: encoder} -> {name: {"linear": {...}, "knn": {...}, "retrieval": {...}}}, or only the
     one that `what` names; the other arguments as in `extract` and `linear_probe`."""
     test = extract(encoders, data.test, crop, device, workers, kind)
-    if what in ("all", "linear", "knn"):
-        train = extract(encoders, data.train, crop, device, workers, kind)
-    retrievable = test[next(iter(test))][1].bincount().max() > 1
-    if what == "all" and not retrievable:
-        print("no retrieval: no class has two test images")
-    results = {name: {} for name in encoders}
-    for name, result in results.items():
-        if what in ("all", "linear"):
-            result["linear"] = linear_probe(train[name], test[name], seed, device)
-        if what in ("all", "knn"):
-            result["knn"] = knn(train[name], test[name])
-        if what == "retrieval" or what == "all" and retrievable:
-            result["retrieval"] = retrieval(test[name])
-    return results
+    train = what != "retrieval" and extract(encoders, data.train, crop, device, workers, kind)
+    metrics = {"linear": lambda name: linear_probe(train[name], test[name], seed, device),
+               "knn": lambda name: knn(train[name], test[name]),
+               "retrieval": lambda name: retrieval(test[name])}
+    wanted = list(metrics) if what == "all" else [what]
+    if what == "all" and next(iter(test.values()))[1].bincount().max() < 2:
+        print(f"no {wanted.pop()}: no class has two test images")
+    return {name: {metric: metrics[metric](name) for metric in wanted} for name in encoders}
 
 
-def table(rows):
+def table(rows, metrics=METRICS):
     """{row name: metrics}, as `evaluate` returns them, as aligned text."""
-    columns = {name: place for name, place in METRICS.items()
-               if any(place[0] in results for results in rows.values())}
+    columns = {name: (part, key) for name, (part, key) in metrics.items()
+               if any(key in results.get(part, {}) for results in rows.values())}
     width = max(len(name) for name in rows)
     lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
     for name, results in rows.items():
@@ -193,24 +196,29 @@ def table(rows):
     return "\n".join(lines)
 
 
-def merge_json(path, results, skip=None, indent=None):
-    """Add results, without the keys `skip`, to a JSON file; other results in it stay."""
-    def merged(known, new):
-        return {**known, **{name: merged(known.get(name, {}), value) if isinstance(value, dict)
-                            else value for name, value in new.items() if name != skip}}
-
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(merged(known, results), indent=indent) + "\n")
+def merge(known, new, skip):
+    """Add the values of nested dicts, without the keys `skip`; other known values stay."""
+    return {**known, **{name: merge(known.get(name, {}), value, skip) if isinstance(value, dict)
+                        else value for name, value in new.items() if name != skip}}
 
 
-def save_results(folder, results):
-    """Merge results into eval.json, and with the values per test image into per_image.json."""
-    merge_json(folder / "eval.json", results, skip="per_image", indent=2)
-    merge_json(folder / "per_image.json", results)
+def save_rows(folder, rows, *below):
+    """Merge the rows of `evaluate` into eval.json, and with values per test image into
+    per_image.json: the last row at the top, or below the names given, others below their own."""
+    *others, own = rows
+    results = rows[own] | {name.replace("raw ", ""): rows[name] for name in others}
+    for name in below:
+        results = {name: results}
+    for file, skip, indent in (("eval.json", "per_image", 2), ("per_image.json", None, None)):
+        path = folder / file
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(merge(known, results, skip), indent=indent) + "\n")
 
 
 def load_method(name):
-    """Return the class CLASS of "FILE.py:CLASS"."""
+    """Return the class CLASS of "FILE.py:CLASS", or LoDisc as a function for its own methods."""
+    if name in METHODS:
+        return partial(LoDisc, method=name)
     path, _, wanted = name.rpartition(":")
     require(Path(path).is_file(), f"--method {name}: no such file; expected FILE.py:CLASS, or "
             f"{', '.join(METHODS)}", UserError)
@@ -221,21 +229,35 @@ def load_method(name):
     return getattr(module, wanted)
 
 
-def build_method(config, encoder):
-    """Return a run's model around an encoder, its heads drawn from torch's generator."""
-    options = {name: config[name] for name in ("mask", "importance", "local_input", "keep_ratio",
-                                               "temperature", "hidden_dim", "output_dim")}
-    if config["method"] in METHODS:
-        return LoDisc(encoder, config["method"], **options)
-    return load_method(config["method"])(encoder, **options, **config["method_options"])
+def build_model(config, fresh=True):
+    """Return the model before training, or with fresh=False without reading the file of --init."""
+    torch.manual_seed(config["seed"])
+    init = config["init"] != "none"
+    sizes = (config[name] for name in ("image_size", "patch_size", "dim", "depth", "heads"))
+    encoder = (load_encoder(config["init"], config["init_momentum"], config["image_size"])
+               if init and fresh else
+               VisionTransformer(*sizes, learned_positions=init, train_projection=init))
+    names = "mask importance local_input keep_ratio temperature hidden_dim output_dim".split()
+    return load_method(config["method"])(encoder, **{name: config[name] for name in names},
+                                         **config["method_options"])
+
+
+def rows_of(config, encoder):
+    """Return {row: encoder} to compare: raw pixels, a run's encoder before training, its own."""
+    rows = {"raw pixels": RawPixels(encoder.patch_size)}
+    if config:
+        try:
+            rows[{"none": "untrained"}.get(config["init"], "initial")] = build_model(config).encoder
+        except UserError as error:
+            print(f"no row for the initial weights: {error}")
+    return {**rows, "trained" if config else "published": encoder}
 
 
 @torch.no_grad()
 def importance_of(encoder, images, importance):
     """Importance (B, N) of normalised images (B, 3, H, W); importance: a name in IMPORTANCES."""
     function, stored = IMPORTANCES[importance]
-    images = images.to(encoder.cls_token.device)
-    return function(encoder(images, attention=stored)[1]).cpu()
+    return function(encoder(images.to(encoder.cls_token.device), attention=stored)[1]).cpu()
 
 
 def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers=0):
@@ -243,16 +265,13 @@ def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers
 
     For the object, and for the drawn birds' deciding parts: the mean fraction of a patch's pixels
     that they cover, in the kept patches over that in all patches: 1 is chance, NAME_most the most
-    that so many patches can have, NAME_fixed the best of one mask for all images.
-    pointing_game: how often the centre of the most important patch is on the object (after Zhang
-    et al. 2016). dataset: one with regions(index), see data/birds.py."""
+    that so many patches can have, NAME_fixed the best of one mask for all images. dataset: one with
+    regions(index), see data/birds.py."""
     size, patch = encoder.image_size, encoder.patch_size
-    crop = v2.Compose(plain_crop(size, InterpolationMode.NEAREST))
     loader = DataLoader(Plain(dataset, size, encoder.mean, encoder.std), 256, num_workers=workers)
-    weights = torch.cat([importance_of(encoder, batch, importance) for batch, _ in loader])
-    kept, top = location_mask(weights, keep_ratio), weights.argmax(1, keepdim=True)  # (n, N)
-    regions = torch.stack([torch.from_numpy(np.array(crop(dataset.regions(i))))
-                           for i in range(len(dataset))])[:, None]  # (n, 1, H, W)
+    kept = torch.cat([location_mask(importance_of(encoder, batch, importance), keep_ratio)
+                      for batch, _ in loader])  # (n, N)
+    regions = cropped_maps(dataset.regions, range(len(dataset)), size)  # (n, H, W)
     metrics, k = {}, int(kept[0].sum())
     for name, least in (("object", BIRD), ("parts", PART)):
         share = F.avg_pool2d((regions >= least).float(), patch).flatten(1)  # (n, N)
@@ -260,8 +279,43 @@ def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers
             for kind, held in (("", share[kept]), ("_most", share.topk(k).values),
                                ("_fixed", share.mean(0).topk(k).values)):
                 metrics[name + kind] = (held.mean() / share.mean()).item()
-    centres = regions[:, 0, patch // 2::patch, patch // 2::patch].flatten(1)  # (n, N)
-    return {**metrics, "pointing_game": (centres.gather(1, top) >= BIRD).float().mean().item()}
+    return metrics
+
+
+def segment_parts(encoders, data, crop, shots=SHOTS, device="cpu", workers=0):
+    """Few-shot part segmentation: {name: encoder} -> {name: {"parts": {...}}}.
+
+    `linear_probe` of patch tokens, on `shots` labelled training images of all classes in turn,
+    every tenth held out; means over ten draws of each part's intersection over union, summed over
+    all patches, and of mean_iou, without ground (part 0) and parts that no test patch bears.
+    data: sets with part_map(index), see data/birds.py."""
+    parts, patch_size = data.test.parts, next(reversed(encoders.values())).patch_size
+    draws = [[i for turn in zip_longest(*shuffled_by_class(data.train.targets, draw)) for i in turn
+              if i is not None][:shots] for draw in range(DRAWS)]
+    used, draws = torch.tensor(draws).unique(return_inverse=True)  # draws (DRAWS, shots)
+    shown = Subset(data.train, used.tolist())
+    train = extract(encoders, shown, crop, device, workers, "patches")
+    test = extract(encoders, data.test, crop, device, workers, "patches")
+    labels = part_labels(data.train, shown.indices, crop[0], patch_size)  # (images, N)
+    true = part_labels(data.test, range(len(data.test)), crop[0], patch_size).flatten()  # (n N,)
+    held_out = (torch.arange(shots) % 10 == 0).repeat_interleave(labels.shape[1])
+    masks, results = F.one_hot(true, len(parts)).bool(), {}  # masks (n N, parts)
+    borne = masks.any(0)  # (parts,)
+    require(bool(borne[1:].any()), "no test patch is mostly of a part; use smaller ones", UserError)
+    for name in encoders:
+        features, tested, found = train[name][0], (test[name][0].flatten(0, 1), true), []
+        for own in draws:
+            probe = linear_probe((features[own].flatten(0, 1), labels[own].flatten()), tested,
+                                 device=device, held_out=held_out)
+            guess = F.one_hot(torch.tensor(probe["per_image"]["predicted"]), len(parts)).bool()
+            found.append((masks & guess).sum(0) / (masks | guess).sum(0))
+        found = torch.stack(found)  # (DRAWS, parts)
+        means = found[:, 1:][:, borne[1:]].mean(1)
+        each = {part: found[:, i].mean().item() for i, part in enumerate(parts) if borne[i]}
+        results[name] = {"parts": {
+            "mean_iou": means.mean().item(), "std": means.std().item(), "shots": shots, **each,
+            "draws": means.tolist(), "per_image": {"last_draw": guess.int().argmax(1).tolist()}}}
+    return results
 
 
 # --- the command line -------------------------------------------------------------------------
@@ -270,21 +324,18 @@ def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("what", choices=["linear", "knn", "retrieval", "all", "masks", "export"])
+    add("what", choices="linear knn retrieval all masks parts export".split())
     add("checkpoint", type=Path, help="a run's folder, its checkpoint.pt, or published weights")
     add("images", nargs="*", type=Path, help="masks: image files in place of eight test images")
     add("--data", help="a data set by name, or a folder; default: the run's")
     add("--data-root", help="folder of the named data sets; default: the run's")
-    add("--features", choices=["class", "mean"], default="class",
-        help="the class token, or the mean of the patch tokens (default: class)")
-    add("--image-size", type=int, help="pixels per side, for published weights; default: the "
-        "multiple of the patch nearest to 98 on a CPU, 224 on a GPU")
-    add("--momentum", action="store_true", help="evaluate the momentum (or teacher's) encoder; "
-        "masks of a run always show that one")
+    add("--features", choices=["class", "mean"], default="class", help="token, or mean of patches")
+    add("--shots", type=int, default=SHOTS, help="parts: labelled images (default: %(default)s)")
+    add("--image-size", type=int, help="for published weights (default: about 98, on a GPU 224)")
+    add("--momentum", action="store_true", help="take the momentum encoder, as a run's masks do")
     add("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if any)")
     add("--workers", type=int, default=LOADERS, help=f"loading processes (default: {LOADERS})")
-    add("--out", type=Path, help="masks, export: a new file; default: beside a run's checkpoint, "
-        "for published weights in the current folder")
+    add("--out", type=Path, help="a new file; default: in the run's folder, or the current one")
     return parser.parse_args(argv)
 
 
@@ -315,20 +366,20 @@ def read_data(args, config):
     return data
 
 
-def keep(args, config, results):
-    """Save a run's results; other data, features or encoders than its own go below their name."""
-    for name, applies in (("mean", args.features == "mean"), ("momentum", args.momentum),
-                          (args.data, args.data != config.get("data"))):
-        results = {name: results} if applies else results
+def keep(args, config, rows):
+    """Save a run's rows, below the names of features, data, shots that are not its own."""
+    names = {"mean": args.features == "mean", "momentum": args.momentum,
+             f"{args.shots} shots": args.shots != SHOTS, args.data: args.data != config.get("data"),
+             args.checkpoint.stem: args.checkpoint.name not in (args.folder.name, "checkpoint.pt")}
     if config:
-        save_results(args.folder, results)
+        save_rows(args.folder, rows, *(name for name, applies in names.items() if applies))
         print(f"merged into {args.folder / 'eval.json'}")
 
 
 def draw_masks(args, encoder, config, device):
     """Return a picture of the pivotal patches; for images with regions print how well they fit."""
     if config:  # a run: its momentum encoder, and the patches that its method shows
-        model = build_method(config, encoder)
+        model = build_model(config, fresh=False)
         model.load_state_dict(read_weights(args.checkpoint)["model"])
         model.momentum_encoder.mean, model.momentum_encoder.std = encoder.mean, encoder.std
         encoder = model.momentum_encoder
@@ -340,17 +391,38 @@ def draw_masks(args, encoder, config, device):
         images = [open_image(path) for path in args.images]
     else:
         test = read_data(args, config).test
-        by_class = sorted(range(len(test)), key=test.targets.__getitem__)  # from all classes
-        images = [test[by_class[i]][0] for i in example_indices(len(test))]
+        images = [test[i][0] for i in example_indices(test.targets)]
         if hasattr(test, "regions"):
             found = localisation(encoder, test, importance, keep_ratio, args.workers)
             print("\n".join(f"{name:<16}{value:.2f}" for name, value in found.items()))
-            keep(args, config, {"localisation": found})
+            keep(args, config, {"": {"localisation": found}})
     images = [v2.Compose(plain_crop(encoder.image_size))(image) for image in images]
     batch = torch.stack([v2.Compose(to_tensor(encoder.mean, encoder.std))(i) for i in images])
     masks = model.masks(batch.to(device))
     return mask_sheet(images, importance_of(encoder, batch, importance),
                       None if masks is None else masks.cpu())
+
+
+def draw_parts(args, encoder, config, device):
+    """Print and save the metrics of part segmentation; return a picture of it."""
+    data, size = read_data(args, config), encoder.image_size
+    require(hasattr(data.train, "part_map"), f"--data {args.data} has no part maps; the drawn "
+            "birds have (--data synthetic, of a run without --held-out)", UserError)
+    require(2 <= args.shots <= len(data.train), f"--shots must be in [2, {len(data.train)}], got "
+            f"{args.shots}", UserError)
+    rows = segment_parts(rows_of(config, encoder), data, (size, encoder.mean, encoder.std),
+                         args.shots, device, args.workers)
+    parts, own = data.test.parts, list(rows.values())[-1]["parts"]
+    print(table(rows, {"mean IoU": ("parts", "mean_iou"), "± draws": ("parts", "std"),
+                       **{part: ("parts", part) for part in (*parts[1:], parts[0])}}))
+    for part in set(parts) - set(own):
+        print(f"left out, as on no test patch: {part}")
+    keep(args, config, rows)
+    shown, crop = example_indices(data.test.targets), v2.Compose(plain_crop(size))
+    images = [crop(data.test[i][0]) for i in shown]
+    predicted = torch.tensor(own["per_image"]["last_draw"]).view(len(data.test), -1)[shown]
+    return sheet({"image": (images, None), "predicted\nparts": (images, predicted), "true\nparts": (
+        images, part_labels(data.test, shown, size, encoder.patch_size))}, parts)
 
 
 def export(encoder, path):
@@ -365,8 +437,7 @@ def export(encoder, path):
 
 def main(argv=None):
     args = parse_args(argv)
-    require(args.what == "masks" or not args.images, f"{args.what} takes no image files, got "
-            f"{', '.join(map(str, args.images))}; masks does", UserError)
+    require(args.what == "masks" or not args.images, "image files are for masks alone", UserError)
     device = pick_device(args.device)
     encoder = load_encoder(args.checkpoint, args.momentum, args.image_size)
     config = encoder.config if "method" in encoder.config else {}
@@ -374,25 +445,24 @@ def main(argv=None):
     if not (encoder.config or args.image_size):
         size = recipe_image_size(encoder.patch_size, device)
         encoder = load_encoder(args.checkpoint, args.momentum, size)
-    if not config:
-        print(f"{encoder.source}; at {encoder.image_size} px")
+    print(f"{encoder.source}; at {encoder.image_size} px")
     args.folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-    if args.what in ("masks", "export"):
-        name = "masks.png" if args.what == "masks" else "encoder.pth"
+    files = {"masks": ("masks.png", draw_masks), "parts": ("parts.png", draw_parts),
+             "export": ("encoder.pth", None)}
+    if args.what in files:
+        name, draw = files[args.what]
         out = args.out or (args.folder if config else Path()) / name
-        own = config and args.what == "masks" and not args.out  # of an earlier call
-        require(own or not out.exists(), f"{out} exists; give another --out", UserError)
-        if args.what == "masks":
-            draw_masks(args, encoder, config, device).save(out)
-        else:
-            export(encoder, out)
+        own = config and draw and not args.out  # of an earlier call
+        require(out.parent.is_dir() and (own or not out.exists()),
+                f"--out {out}: expected a new file in a folder that exists", UserError)
+        draw(args, encoder, config, device).save(out) if draw else export(encoder, out)
         return print(f"wrote {out}")
     name = "momentum" if args.momentum else "trained" if config else "published"
-    crop = encoder.image_size, encoder.mean, encoder.std
-    results = evaluate({name: encoder}, read_data(args, config), crop, args.what, device,
+    results = evaluate({name: encoder}, read_data(args, config),
+                       (encoder.image_size, encoder.mean, encoder.std), args.what, device,
                        args.workers, config.get("seed", 0), args.features)
     print(table(results))
-    keep(args, config, results[name])
+    keep(args, config, results)
 
 
 def exit_with_line(program, error):

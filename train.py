@@ -9,6 +9,7 @@
 import argparse
 import ast
 import csv
+import gc
 import itertools
 import json
 import math
@@ -28,11 +29,10 @@ from torchvision.transforms import v2
 import data.augment as augment
 from data.datasets import NAMES, data_name, load_data
 from data.draw import example_indices, run_sheet
-from eval import (LOADERS, MAIN_METRICS, RawPixels, build_method, evaluate, exit_with_line,
-                  pick_device, recipe_image_size, save_results, table)
+from eval import (LOADERS, MAIN_METRICS, build_model, evaluate, exit_with_line, pick_device,
+                  recipe_image_size, rows_of, save_rows, table)
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
-                    METHODS, UserError, VisionTransformer, load_encoder, momentum_schedule,
-                    read_weights, require)
+                    METHODS, UserError, load_encoder, momentum_schedule, read_weights, require)
 
 # Defaults; "images": to see in all, in so many epochs at least. Unlike MoCo v3's (lr 1.5e-4 per 256
 # images, EMA from 0.99, 40 of 300 epochs of warm-up), they are for short runs of small batches. As
@@ -125,18 +125,18 @@ def method_options(texts):
     return options
 
 
-def published_encoder(config):
-    """Return the encoder of --init at the run's image size; a name in WEIGHTS is fetched once."""
-    path = config["init"]
-    if url := WEIGHTS.get(path):
-        path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
-        try:  # the hash in a file's name, if any, is checked
-            torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
-                                               check_hash="-" in path.name)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"could not fetch {url} ({error}); download it and give the file's "
-                            "path to --init") from None
-    return load_encoder(path, config["init_momentum"], config["image_size"])
+def weights_file(name):
+    """Return the path of --init; a name in WEIGHTS is fetched once."""
+    if name not in WEIGHTS:
+        return name
+    path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS[name].split("/")[-1])
+    try:  # the hash in a file's name, if any, is checked
+        torch.hub.load_state_dict_from_url(WEIGHTS[name], map_location="cpu", weights_only=True,
+                                           check_hash="-" in path.name)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"could not fetch {WEIGHTS[name]} ({error}); download it and give the "
+                        "file's path to --init") from None
+    return str(path)
 
 
 def fill_defaults(config, device, num_images):
@@ -149,7 +149,8 @@ def fill_defaults(config, device, num_images):
     recipe = dict(RECIPES[kind])
     config["mean"], config["std"] = list(IMAGENET_MEAN), list(IMAGENET_STD)
     if init:
-        encoder = published_encoder(config | {"image_size": None})
+        config["init"] = weights_file(config["init"])
+        encoder = load_encoder(config["init"], config["init_momentum"])
         print(f"weights of {encoder.source}")
         sizes = dict(dim=encoder.dim, depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads)
         arch = next((name for name, known in ARCHITECTURES.items() if known == sizes), "unnamed")
@@ -232,15 +233,21 @@ def save_checkpoint(folder, **contents):
 
 def read_run(folder, given):
     """Return a run's checkpoint; given settings must be its own, or such that may change."""
-    checkpoint = read_weights(folder)
+    checkpoint, given = read_weights(folder), dict(given)
     config = checkpoint.get("config", {})
     require("num_images" in config, f"--resume {folder}: not a run's checkpoint", UserError)
+    if "method_option" in given:
+        given["method_options"] = method_options(given.pop("method_option"))
     same_class = given.get("method", "").split(":")[-1] == config["method"].split(":")[-1]
     movable = (*MOVABLE, "method") if same_class else MOVABLE
     odd = [name for name in given if name not in (*movable, "resume", "download")
            and config.get(name) != given[name]]
     require(not odd, f"--resume {folder}: the run has other settings for {', '.join(odd)}; leave "
             "them out, or start a new run", UserError)
+    if "init" in given:
+        require("none" not in (given["init"], config["init"]) or given["init"] == config["init"],
+                f"--resume {folder}: the run has --init {config['init']}", UserError)
+        given["init"] = weights_file(given["init"])
     config.update({name: given[name] for name in movable if name in given})
     return checkpoint
 
@@ -268,7 +275,7 @@ class Log:
 
     def row(self):
         """Return the row of metrics.csv, so far."""
-        means = (self.sums / (self.done - self.skipped)).tolist()
+        means = (self.sums / max(1, self.done - self.skipped)).tolist()
         seconds = time.monotonic() - self.begun
         return {"epoch": self.epoch + 1, "step": self.epoch * self.steps + self.done,
                 **dict(zip(self.names, means)), "lr": self.lr, "momentum": self.m,
@@ -287,16 +294,6 @@ class Log:
         if self.skipped:
             print(f"the fp16 scaler skipped {self.skipped} of {self.steps} steps")
         return row
-
-
-def build_model(config, fresh=True):
-    """Return the model before training, or with fresh=False without reading the file of --init."""
-    torch.manual_seed(config["seed"])
-    init = config["init"] != "none"
-    sizes = (config[name] for name in ("image_size", "patch_size", "dim", "depth", "heads"))
-    encoder = (published_encoder(config) if init and fresh else
-               VisionTransformer(*sizes, learned_positions=init, train_projection=init))
-    return build_method(config, encoder)
 
 
 def build_optimizer(model, config):
@@ -362,7 +359,7 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
     epochs, steps = config["epochs"], len(batches)
     total, warmup = epochs * steps, round(steps * config["warmup_epochs"])
     plain = augment.Plain(data.train, *crop)
-    examples = torch.stack([plain[i][0] for i in example_indices(len(plain))]).to(device)
+    examples = torch.stack([plain[i][0] for i in example_indices(data.train.targets)]).to(device)
     step, history, film = 0, [], shown_masks(model, examples, 0)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     if checkpoint:
@@ -401,18 +398,11 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
 def evaluate_run(config, data, folder, device):
     """Evaluate raw pixels and the encoder before and after training alike, and print the table."""
     print("evaluating raw pixels and the encoder before and after training")
-    before = "untrained" if config["init"] == "none" else "initial"
-    encoders = {"raw pixels": RawPixels()}
-    try:
-        encoders[before] = build_model(config).encoder
-    except UserError as error:
-        print(f"no row for the initial weights: {error}")
-    encoders["trained"] = load_encoder(folder)
-    rows = evaluate(encoders, data, [config[name] for name in ("image_size", "mean", "std")], "all",
-                    device, config["workers"], config["seed"])
+    rows = evaluate(rows_of(config, load_encoder(folder)), data,
+                    [config[name] for name in ("image_size", "mean", "std")], "all", device,
+                    config["workers"], config["seed"])
     print(table(rows))
-    others = {"pixels" if name == "raw pixels" else name: rows[name] for name in list(rows)[:-1]}
-    save_results(folder, rows["trained"] | others)
+    save_rows(folder, rows)
     return rows
 
 
@@ -421,7 +411,7 @@ def draw_run(config, levels, history, film, rows, dataset):
     metrics = {row: {name: results[part][key] for name, (part, key) in MAIN_METRICS.items()
                      if part in results} for row, results in rows.items()}
     crop = v2.Compose(augment.plain_crop(config["image_size"]))
-    images = [crop(dataset[i][0]) for i in example_indices(len(dataset))]
+    images = [crop(dataset[i][0]) for i in example_indices(dataset.targets)]
     return run_sheet(history, levels, metrics, images, film)
 
 
@@ -431,7 +421,8 @@ def main(argv=None):
     resume, out, download = (config.pop(name) for name in ("resume", "out", "download"))
     folder, checkpoint = Path(resume), None
     if resume != "none":
-        folder = folder.parent if folder.suffix == ".pt" else folder
+        folder = folder.parent if folder.name == "checkpoint.pt" else folder
+        require(folder.suffix != ".pt", f"--resume {folder}: expected a run's folder", UserError)
         checkpoint = read_run(folder, given)
         config = checkpoint["config"]
     device = pick_device(config["device"])
@@ -474,6 +465,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # collections need not walk the imported modules, here and in loading processes
     try:
         main()
     except UserError as error:

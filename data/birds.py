@@ -13,12 +13,20 @@ import math
 import random
 from functools import lru_cache
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageEnhance
+from torch.nn.functional import avg_pool2d
 from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from data.augment import plain_crop
 
 CANVAS = 64  # pixels a side of a picture
 SHARP = 3  # drawn so many times larger, then reduced: smooth edges
 GROUND, BIRD, PART = 0, 1, 2  # values of the region map
+PARTS = ("ground", "body", "head", "wing")  # of the part map; tail and legs are body
+BODY, HEAD, WING, MARK = 1, 2, 3, 4  # drawn: a part, plus MARK where species differ
 SPECIES = ("plain", "wing bar", "eye ring", "crown")
 
 # In units of about half a body's length, x forward and y up. body: half-axes; head: centre and
@@ -49,12 +57,12 @@ def ellipse(x, y, rx, ry, start=0.0, end=2 * math.pi, points=20):
 
 
 class Easel:
-    """A picture and its region map, drawn together under one pose."""
+    """A picture and the map of what is drawn where, drawn together under one pose."""
 
     def __init__(self, size):
         self.image = Image.new("RGB", (size, size))
-        self.regions = Image.new("L", (size, size), GROUND)
-        self.brushes = ImageDraw.Draw(self.image), ImageDraw.Draw(self.regions)
+        self.map = Image.new("L", (size, size))
+        self.brushes = ImageDraw.Draw(self.image), ImageDraw.Draw(self.map)
         self.pose(size / 2, size / 2, 1.0, 0.0, False)
 
     def pose(self, x, y, scale, tilt, mirrored):
@@ -67,10 +75,10 @@ class Easel:
         rx, ry = px * self.cos - py * self.sin, px * self.sin + py * self.cos
         return self.x + (-rx if self.mirrored else rx) * self.scale, self.y - ry * self.scale
 
-    def paint(self, outline, colour, region):
+    def paint(self, outline, colour, part):
         outline = [self.place(point) for point in outline]
         self.brushes[0].polygon(outline, fill=colour)
-        self.brushes[1].polygon(outline, fill=region)
+        self.brushes[1].polygon(outline, fill=part)
 
 
 def draw_ground(easel, rng):
@@ -101,7 +109,7 @@ def draw_ground(easel, rng):
 
 
 def draw_bird(easel, family, species, rng):
-    """One bird in the easel's pose. The places where species differ are PART on every bird."""
+    """One bird in the easel's pose. The places where species differ have MARK on every bird."""
     shape = FAMILIES[family]
     hue = shape["hue"] + rng.gauss(0, 0.02)
     saturation, value = rng.uniform(0.75, 0.85), rng.uniform(0.48, 0.54)
@@ -114,17 +122,17 @@ def draw_bird(easel, family, species, rng):
         if shape["legs"]:
             step, low = foot + rng.gauss(0, 0.08), -by - shape["legs"]
             easel.paint([(foot - 0.04, -by * 0.8), (foot + 0.04, -by * 0.8), (step + 0.04, low),
-                         (step + 0.16, low - 0.05), (step - 0.04, low - 0.05)], horn, BIRD)
+                         (step + 0.16, low - 0.05), (step - 0.04, low - 0.05)], horn, BODY)
     length, width, rise = shape["tail"]
     easel.paint([(-bx * 0.7, width), (-bx * 0.7, -width), (-bx - length, rise - width * 0.8),
-                 (-bx - length * 0.95, rise + width * 0.5)], wing, BIRD)
-    easel.paint(ellipse(0, 0, bx, by), coat, BIRD)
+                 (-bx - length * 0.95, rise + width * 0.5)], wing, BODY)
+    easel.paint(ellipse(0, 0, bx, by), coat, BODY)
     neck, root = shape["neck"], (bx * 0.62, by * 0.25)
     easel.paint([(root[0] - neck, root[1]), (root[0] + neck * 0.6, root[1] - neck * 0.5),
-                 (hx + neck * 0.8, hy), (hx - neck * 0.8, hy)], coat, BIRD)
-    easel.paint(ellipse(hx, hy, hr, hr), coat, BIRD)
+                 (hx + neck * 0.8, hy), (hx - neck * 0.8, hy)], coat, BODY)
+    easel.paint(ellipse(hx, hy, hr, hr), coat, HEAD)
     fold = rng.gauss(0, 0.08)
-    easel.paint(ellipse(-0.22 * bx, 0.08 + fold, bx * 0.62, by * 0.52), wing, BIRD)
+    easel.paint(ellipse(-0.22 * bx, 0.08 + fold, bx * 0.62, by * 0.52), wing, WING)
 
     # the parts: in two bands on the species that has them, plain on the others
     def bands(part, brightness):
@@ -135,22 +143,24 @@ def draw_bird(easel, family, species, rng):
     for x, y, colour in ((0, 0, light), (-0.18 * bx, -0.06 * by, dark)):
         easel.paint([(x - 0.66 * bx, y + fold + 0.36 * by), (x - 0.22 * bx, y + fold + 0.50 * by),
                      (x + 0.22 * bx, y + fold - 0.24 * by), (x - 0.20 * bx, y + fold - 0.34 * by)],
-                    colour, PART)
+                    colour, WING + MARK)
     light, dark = bands("crown", value)
     for width, height, colour in ((1.1, 1.45, dark), (0.9, 0.9, light)):
-        easel.paint(ellipse(hx, hy + 0.1 * hr, width * hr, height * hr, 0, math.pi), colour, PART)
+        easel.paint(ellipse(hx, hy + 0.1 * hr, width * hr, height * hr, 0, math.pi), colour,
+                    HEAD + MARK)
     light, dark = bands("eye ring", value)
     for radius, colour in ((0.66, dark), (0.5, light), (0.22, (20, 20, 24))):
-        easel.paint(ellipse(hx + 0.2 * hr, hy, radius * hr, radius * hr), colour, PART)
+        easel.paint(ellipse(hx + 0.2 * hr, hy, radius * hr, radius * hr), colour,
+                    HEAD + MARK)
 
     bill, thick = shape["bill"]
     root = hx + 0.9 * hr
-    easel.paint([(root, hy + thick), (root + bill, hy - 0.05), (root, hy - thick)], horn, BIRD)
+    easel.paint([(root, hy + thick), (root + bill, hy - 0.05), (root, hy - thick)], horn, HEAD)
 
 
 @lru_cache(maxsize=None)
 def draw(seed, split, index):
-    """One picture -> (RGB image, region map), CANVAS pixels a side; class index % len(CLASSES)."""
+    """One picture, class index % len(CLASSES) -> (RGB image, "L" map of its parts and MARK)."""
     rng = random.Random(f"{seed}/{split}/{index}")  # of a string: the same on every platform
     family, species = CLASSES[index % len(CLASSES)].split(", ")
     size = CANVAS * SHARP
@@ -166,17 +176,16 @@ def draw(seed, split, index):
     image = easel.image.reduce(SHARP)
     for light in (ImageEnhance.Brightness, ImageEnhance.Contrast):
         image = light(image).enhance(rng.uniform(0.75, 1.2))
-    return image, easel.regions.resize((CANVAS, CANVAS), Image.Resampling.NEAREST)
+    return image, easel.map.resize((CANVAS, CANVAS), Image.Resampling.NEAREST)
 
 
 class Birds(Dataset):
-    """(RGB image, class) pairs like torchvision's image folders, plus the true regions.
+    """(RGB image, class) pairs like torchvision's image folders, plus the true regions and parts.
 
     split "train" or "test"; seed gives another draw of the same classes. Pictures are drawn when
-    first asked for and kept (12 KB each).
-    """
+    first asked for and kept (12 KB each)."""
 
-    classes = list(CLASSES)
+    classes, parts = list(CLASSES), PARTS
 
     def __init__(self, split, size, seed=0):
         self.split, self.seed = split, seed
@@ -190,4 +199,22 @@ class Birds(Dataset):
 
     def regions(self, index):
         """Region map of a picture: an "L" image of GROUND, BIRD and PART."""
-        return draw(self.seed, self.split, index)[1]
+        drawn = draw(self.seed, self.split, index)[1]
+        return drawn.point([PART if v > MARK else BIRD if v else GROUND for v in range(256)])
+
+    def part_map(self, index):
+        """Part map of a picture: an "L" image of indices in PARTS."""
+        return draw(self.seed, self.split, index)[1].point([v % MARK for v in range(256)])
+
+
+def cropped_maps(read, indices, image_size):
+    """Return the maps read(i) of images, cropped as these for evaluation: uint8 (n, H, W)."""
+    crop = v2.Compose(plain_crop(image_size, InterpolationMode.NEAREST))
+    return torch.stack([torch.from_numpy(np.array(crop(read(i)))) for i in indices])
+
+
+def part_labels(dataset, indices, image_size, patch_size):
+    """Label patches by the part that covers most of their pixels, ties by the lower: (n, N)."""
+    maps = cropped_maps(dataset.part_map, indices, image_size)
+    return torch.stack([avg_pool2d((maps == part).float(), patch_size)
+                        for part in range(len(dataset.parts))]).argmax(0).flatten(1)

@@ -233,10 +233,11 @@ def load_data(name, root="datasets", download=False, held_out=False):
     return Data(*hold_out(data.train))
 
 
-def shuffled_by_class(targets):
-    """Return for each class the indices of its images, in an order drawn by seed 0."""
-    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).tolist()
-    return [[i for i in shuffled if targets[i] == label] for label in sorted(set(targets))]
+def shuffled_by_class(targets, seed=0):
+    """Return for each class the indices of its images, images and classes in a drawn order."""
+    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = dict.fromkeys(targets[i] for i in shuffled)
+    return [[i for i in shuffled if targets[i] == label] for label in order]
 
 
 def hold_out(dataset):
@@ -246,6 +247,7 @@ def hold_out(dataset):
         count = max(len(own) // 5, int(len(own) > 1))
         parts[0].extend(own[count:])
         parts[1].extend(own[:count])
+    require(parts[1], "--held-out needs a class with two training images", UserError)
     subsets = [Subset(dataset, sorted(part)) for part in parts]
     for subset in subsets:
         subset.targets = [dataset.targets[i] for i in subset.indices]

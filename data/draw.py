@@ -16,12 +16,14 @@ BLUE, ORANGE, GREY, GREEN, PINK = ((0, 114, 178), (230, 159, 0), (150, 150, 150)
                                    (204, 121, 167))
 COLOURS = {"global loss": BLUE, "local loss": ORANGE, "raw pixels": GREY, "untrained": ORANGE,
            "initial": ORANGE, "trained": BLUE, "lodisc": BLUE, "global": ORANGE}
+PART_COLOURS = GREY, BLUE, ORANGE, GREEN, PINK  # the first is the ground's
 WIDTH, HEIGHT, FRAME = 1200, 340, 133  # of a run's picture, its upper half, a tile's step
 
 
-def example_indices(n):
-    """Return which of n images the pictures show."""
-    return [i * n // SHOWN for i in range(SHOWN)]
+def example_indices(targets):
+    """Return which images the pictures show, of all classes."""
+    by_class = sorted(range(len(targets)), key=targets.__getitem__)
+    return [by_class[i * len(targets) // SHOWN] for i in range(SHOWN)]
 
 
 def square(values):
@@ -46,18 +48,28 @@ def kept_patches(mask, image):
     return Image.composite(image, Image.new("RGB", image.size), keep)
 
 
-def sheet(rows):
-    """{name: (images, values)}: a labelled row each. values: None, importance or masks (n, N)."""
+def part_colours(parts, image):
+    """Colour the part indices of all patches, int64 (N,), over the greyed PIL image."""
+    colours = np.uint8(PART_COLOURS)[square(parts)]
+    colours = Image.fromarray(colours).resize(image.size, Image.NEAREST)
+    return Image.blend(ImageOps.grayscale(image).convert("RGB"), colours, 0.65)
+
+
+def sheet(rows, names=()):
+    """{name: (images, values)}: a labelled row each. values: None, or of all patches (n, N) their
+    importance, bool masks or int64 parts, whose names the legend tells."""
     step, columns = TILE + GAP, max(len(images) for images, _ in rows.values())
-    page = Image.new("RGB", (MARGIN + step * columns, step * len(rows) + GAP), "white")
+    height = step * len(rows) + GAP
+    page = Image.new("RGB", (MARGIN + step * columns, height + 24 * bool(names)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    legend(pen, (MARGIN - 12, height + 28), dict(zip(names, PART_COLOURS)), font)
     for y, (name, (images, values)) in enumerate(rows.items()):
         pen.multiline_text((8, GAP + y * step + TILE // 2), name, "black", font, anchor="lm")
         for x, image in enumerate(images):
             tile = image.resize((TILE, TILE), Image.BICUBIC)
             if values is not None:
-                draw = kept_patches if values.dtype == torch.bool else heat_map
-                tile = draw(values[x], tile)
+                draw = {torch.bool: kept_patches, torch.int64: part_colours}
+                tile = draw.get(values.dtype, heat_map)(values[x], tile)
             page.paste(tile, (MARGIN + x * step, GAP + y * step))
     return page
 

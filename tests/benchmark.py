@@ -1,4 +1,4 @@
-"""Time a training step and its parts, and compare it with its limit.
+"""Time a training step of all methods, and its parts, and compare it with its limit.
 
     python tests/benchmark.py
     python tests/benchmark.py --arch vit_base --image-size 224 --patch-size 16 --batch-size 8
@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader
 from data.augment import Batches, TwoViews
 from data.datasets import load_data
 from eval import exit_with_line
-from lodisc import UserError, attention_product, kept_indices, location_mask
+from lodisc import METHODS, UserError, attention_product, kept_indices, location_mask
 
+BASELINES = f"{Path(__file__).resolve().parent}/baselines.py"
 PARTS = {"query": "online forward", "global_key": "momentum", "pivotal_mask": "mask",
          "local_key": "local", "contrast": "loss"}  # methods of LoDisc, in the figure's words
 
@@ -110,6 +111,15 @@ class Trainer:
     def step(self):
         train.train_step(self.model, self.model, self.optimizer, self.scaler, self.precision,
                          self.views, torch.Generator().manual_seed(0), 0.5, 0.99)
+
+    def count_passes(self):
+        """Return a step's encoder passes over one view: (online, momentum)."""
+        encoders = self.model.encoder, self.model.momentum_encoder
+        with torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+            calls = [stack.enter_context(patch.object(encoder, "tokens", wraps=encoder.tokens))
+                     for encoder in encoders]
+            self.step()
+        return [call.call_count for call in calls]
 
     def split(self):
         """Return {part: seconds} of a step, the device synchronised around each part."""
@@ -201,53 +211,46 @@ def main(argv=None):
     print(f"{arch}, {size} px, batch {batch}, {settings['local_input']}, {shown}, torch "
           f"{torch.__version__}, on {device} ({name}), {args.rounds} rounds")
 
-    lodisc = Trainer({**settings, "method": "lodisc"}, device, precision)
-    lodisc.step(), lodisc.step()
-    memory = peak_memory(device)
-    plain = Trainer({**settings, "method": "global"}, device, precision)
-    plain.step(), plain.step()
-    model = lodisc.model
-    random = location_mask(torch.rand(batch, model.encoder.num_patches, device=device),
-                           settings["keep_ratio"])
-    tokens = settings["local_input"] == "tokens"
-    keep = kept_indices(random, model.num_kept) if tokens else None
+    methods = {}
+    for name in (*METHODS, f"{BASELINES}:CVSA", f"{BASELINES}:PARTICLE"):
+        trainer = Trainer({**settings, "method": name}, device, precision)
+        trainer.step(), trainer.step()
+        methods[name.split(":")[-1]] = trainer
+        if name == "lodisc":  # the first
+            memory, lodisc, model = peak_memory(device), trainer, trainer.model
+    counts = {name: trainer.count_passes() for name, trainer in methods.items()}
     product, product_flops = matrix_product(device, precision or torch.float32)
-    blocks, n = model.encoder.blocks, model.encoder.num_patches
+    blocks, n, ratio = model.encoder.blocks, model.encoder.num_patches, settings["keep_ratio"]
+    keep = location_mask(torch.rand(batch, n, device=device), ratio)
+    keep = kept_indices(keep, model.num_kept) if model.local_input == "tokens" else None
     attention = torch.rand(len(blocks), 256, blocks[0].attn.heads, 1 + n, device=device).unbind()
-    lodisc.split(), plain.split(), lodisc.passes(keep), product()  # warm
+    lodisc.split(), lodisc.passes(keep), product()  # warm
 
-    rounds, splits, plain_splits, passes = [], [], [], []
+    rounds, splits, passes = [], [], []
     for _ in range(args.rounds):
-        rounds.append({"lodisc": timed(lodisc.step)[0], "global": timed(plain.step)[0],
-                       "product": timed(product)[0],
-                       "mask": timed(lambda: location_mask(attention_product(attention),
-                                                           settings["keep_ratio"]))[0]})
+        rounds.append({name: timed(trainer.step)[0] for name, trainer in methods.items()} | {
+            "product": timed(product)[0],
+            "mask": timed(lambda: location_mask(attention_product(attention), ratio))[0]})
         splits.append(lodisc.split())
-        plain_splits.append(plain.split())
         passes.append(lodisc.passes(keep))
-    whole, passed = medians(rounds), medians(passes)
-    split = {"lodisc": medians(splits), "global": medians(plain_splits)}
+    whole, split, passed = medians(rounds), medians(splits), medians(passes)
 
-    print(f"\n{'ms':<16}{'lodisc':>12}{'global':>12}")
+    print(f"\n{'a step':<10}{'passes: online':>16}{'momentum':>10}{'ms':>10}{'images/s':>10}"
+          f"{'of global':>11}")
+    for name, (online, momentum) in counts.items():
+        print(f"{name:<10}{online:>16}{momentum:>10}{whole[name] * 1e3:>10.1f}"
+              f"{batch / whole[name]:>10.1f}{whole[name] / whole['global']:>11.3f}")
+    print(f"\n{'lodisc':<16}{'ms':>10}")
     for part in (*PARTS.values(), "backward", "optimiser", "EMA"):
-        print(f"{part:<16}" + "".join(f"{split[m].get(part, 0) * 1e3:>12.1f}" for m in split))
-    flops = {"lodisc": step_flops(lodisc.model, batch), "global": step_flops(plain.model, batch)}
-    rate = product_flops / whole["product"]
-    limit = 2 * (passed["online"] + passed["forward"])
-    limit = {"lodisc": limit + 2 * passed["local"], "global": limit}
-    for label, value in (("whole step", lambda m: whole[m] * 1e3),
-                         ("limit: passes", lambda m: limit[m] * 1e3),
-                         ("images/s", lambda m: batch / whole[m]),
-                         ("GFLOP a step", lambda m: flops[m] / 1e9),
-                         ("GFLOP/s", lambda m: flops[m] / whole[m] / 1e9)):
-        print(f"{label:<16}" + "".join(f"{value(m):>12.1f}" for m in flops))
+        print(f"{part:<16}{split[part] * 1e3:>10.1f}")
 
-    print(f"\nlodisc / global: {whole['lodisc'] / whole['global']:.3f}; by the arithmetic "
-          f"{flops['lodisc'] / flops['global']:.3f}")
-    print(f"limit / step: {limit['lodisc'] / whole['lodisc']:.3f}; the limit is the encoder's "
-          "passes alone")
-    print(f"a large matrix product: {rate / 1e9:.0f} GFLOP/s; the step reaches "
-          f"{flops['lodisc'] / whole['lodisc'] / rate:.3f} of it")
+    flops = {name: step_flops(methods[name].model, batch) for name in ("lodisc", "global")}
+    limit = 2 * sum(passed[part] for part in ("online", "forward", "local"))
+    rate, speed = product_flops / whole["product"], flops["lodisc"] / whole["lodisc"]
+    print(f"\nlimit / step: {limit / whole['lodisc']:.3f}; the limit is the encoder's passes alone")
+    print(f"{flops['lodisc'] / 1e9:.1f} GFLOP a step, over global's "
+          f"{flops['lodisc'] / flops['global']:.3f}; {speed / 1e9:.1f} GFLOP/s, {speed / rate:.3f} "
+          f"of a large matrix product's {rate / 1e9:.0f}")
     print(f"storing the attention ({model.stored or 'row'}): "
           f"{passed['storing'] / passed['forward'] - 1:+.1%} of a momentum pass")
     print(f"importance and mask of 256 images x {n} patches: {whole['mask'] * 1e3:.1f} ms; of both "

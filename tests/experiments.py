@@ -38,6 +38,9 @@ RUNS = Path("runs/experiments")
 # table: {row: options of train.py}; the first row is what the others are compared with
 TABLES = {
     "methods": {"global": ["--method", "global"], "local": ["--method", "local"], "lodisc": []},
+    "neighbours": {"lodisc": [], "global": ["--method", "global"],
+                   **{name: ["--method", f"{ROOT}/tests/baselines.py:{name}"]
+                      for name in ("CVSA", "PARTICLE")}},
     "masks": {"random": ["--mask", "random"], "location": [], "block": ["--mask", "block"],
               "least": ["--mask", "least"]},
     "keep": {"0.3": [],
@@ -60,7 +63,9 @@ TABLES = {
     "confirm": {"global": ["--method", "global"], "block": ["--mask", "block"]},
 }
 HELD_OUT = ("recipe", "variants")
-WHERE = {"on the bird": ("localisation", "object"), "on its parts": ("localisation", "parts")}
+WHERE = {"on the bird": ("localisation", "object"), "on its parts": ("localisation", "parts"),
+         "part mIoU": ("parts", "mean_iou")}
+PARTS = {"mean IoU": ("parts", "mean_iou"), **{part: ("parts", part) for part in Birds.parts}}
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
            10: 2.262}  # number of values: 97.5 % point of Student's t
 
@@ -116,8 +121,9 @@ def run(data, options, seed, root=None):
     if not (folder / "eval.json").exists():
         train.main([*options, "--resume" if folder.exists() else "--out", str(folder)])
     has_regions = data == "synthetic" and "--held-out" not in options
-    if has_regions and "localisation" not in metrics_of(folder):
-        evaluation.main(["masks", str(folder)])
+    for command, part in (("masks", "localisation"), ("parts", "parts")) if has_regions else ():
+        if part not in metrics_of(folder):
+            evaluation.main([command, str(folder)])
     return folder
 
 
@@ -129,6 +135,8 @@ def metrics_of(folder):
 
 
 def spread(values):
+    if min(values) > 10:  # seconds
+        return f"{statistics.mean(values):.0f}"
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
@@ -165,7 +173,7 @@ def markdown(rows, columns):
         line(row, {name: spread(found) for name, found in cells.items()})
     for row in others if len(rows[base]) > 1 else []:
         line(f"{row} − {base}", {name: difference(found, values[base][name])
-                                 for name, found in values[row].items()})
+                                 for name, found in values[row].items() if name != "training, s"})
     return lines
 
 
@@ -179,7 +187,7 @@ def pictures(seed):
                for method in ("global", "lodisc")}
     config, test = read_weights(folders["lodisc"])["config"], Birds("test", 20)
     crop = v2.Compose(plain_crop(config["image_size"]))
-    birds = [crop(test[i][0]) for i in example_indices(len(test))]
+    birds = [crop(test[i][0]) for i in example_indices(test.targets)]
     encoders = {"untrained": train.build_model(config).momentum_encoder.eval(),
                 **{method: load_encoder(folder, momentum=True)
                    for method, folder in folders.items()}}
@@ -217,14 +225,18 @@ def main(argv=None):
         for row, options in TABLES[args.table].items():
             options = ["--held-out"] * (args.table in HELD_OUT) + options
             folders[row].append(run(data, options, seed, args.data_root))
-    rows = {row: [metrics_of(folder) for folder in runs] for row, runs in folders.items()}
+    rows = {row: [{**metrics_of(folder), "time": {"training": seconds(folder)}} for folder in runs]
+            for row, runs in folders.items()}
     columns = dict(evaluation.MAIN_METRICS)
     if data == "synthetic" and args.table not in ("keep", *HELD_OUT):  # ratios differ in the most
         columns |= WHERE
-    every = [folder for runs in folders.values() for folder in runs]
-    print(f"\n{args.table} on {Path(data).name}, seeds {', '.join(map(str, seeds))}, training "
-          f"{statistics.mean(map(seconds, every)):.0f} s a run\n")
-    print("\n".join(markdown(rows, columns)))
+    print(f"\n{args.table} on {Path(data).name}, seeds {', '.join(map(str, seeds))}\n")
+    print("\n".join(markdown(rows, columns | {"training, s": ("time", "training")})))
+    if args.table == "neighbours" and data == "synthetic":
+        runs = next(iter(rows.values()))
+        before = {name: [metrics[name] for metrics in runs] for name in ("untrained", "pixels")}
+        print("\npart segmentation of the same runs\n")
+        print("\n".join(markdown(before | rows, PARTS)))
 
 
 if __name__ == "__main__":

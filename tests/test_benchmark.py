@@ -45,7 +45,7 @@ def test_published_size():
     assert projection + rest + saved == pytest.approx(2 * 17.58e9, rel=1e-2)
 
 
-SMALL = ["--device", "cpu", "--image-size", "16", "--patch-size", "8", "--batch-size", "8",
+SMALL = ["--device", "cpu", "--image-size", "24", "--patch-size", "8", "--batch-size", "8",
          "--workers", "0"]
 
 
@@ -64,7 +64,7 @@ def test_step_is_train_step(monkeypatch):
     (model, parallel, optimizer, scaler, precision, views, _, progress, m), = calls
     assert model is parallel is own.model and optimizer is own.optimizer and precision is None
     assert isinstance(scaler, torch.amp.GradScaler) and not scaler.is_enabled()
-    assert [view.shape for view in views] == [(8, 3, 16, 16)] * 2
+    assert [view.shape for view in views] == [(8, 3, 24, 24)] * 2
     assert 0 <= progress <= 1 and 0 <= m <= 1 and own.model.encoder._compiled_call_impl is None
     compiled = trainer(["--compile"]).model  # on the first call, which does not come
     assert compiled.encoder._compiled_call_impl and compiled.momentum_encoder._compiled_call_impl
@@ -103,11 +103,15 @@ def test_settings_are_checked():
 def test_report(capsys):
     benchmark.main(["--rounds", "1", *SMALL])
     report = capsys.readouterr().out
-    parts = ("online forward", "momentum", "mask", "local", "loss", "backward", "optimiser", "EMA",
-             "whole step")
-    for part in parts:
-        row = re.search(rf"^{part} +(\S+) +(\S+)$", report, re.M)
-        lodisc, plain = map(float, row.groups())
-        assert lodisc > 0 and (plain > 0) == (part not in ("mask", "local"))
+    rows = {name: re.search(rf"^{name} +(\d) +(\d) +(\S+) +\S+ +(\S+)$", report, re.M).groups()
+            for name in (*METHODS, "CVSA", "PARTICLE")}
+    assert {name: row[:2] for name, row in rows.items()} == {
+        "lodisc": ("2", "4"), "global": ("2", "2"), "local": ("2", "4"), "CVSA": ("2", "2"),
+        "PARTICLE": ("2", "2")}
+    for name, (_, _, ms, ratio) in rows.items():
+        assert float(ratio) == pytest.approx(float(ms) / float(rows["global"][2]), rel=0.02)
+    for part in ("online forward", "momentum", "mask", "local", "loss", "backward", "optimiser",
+                 "EMA"):
+        assert float(re.search(rf"^{part} +(\S+)$", report, re.M)[1]) > 0
     assert all(text in report for text in ("bottleneck", "GFLOP/s", "storing the attention (row)"))
     assert float(re.search(r"^peak memory: (\S+) GiB$", report, re.M)[1]) > 0.1

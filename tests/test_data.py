@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from data import augment, birds
 from data.augment import Batches, Blur, Plain, TwoViews, mix_seed, plain_crop
-from data.birds import BIRD, CLASSES, FAMILIES, PART, SPECIES, Birds, draw
+from data.birds import BIRD, CLASSES, FAMILIES, GROUND, MARK, PART, SPECIES, Birds, draw
 from data.datasets import load_data
 from lodisc import UserError
 
@@ -23,10 +23,10 @@ def digest(image):
 
 
 def test_bird_is_a_function_of_seed_split_and_index():
-    image, regions = draw(0, "test", 7)
+    image, parts = draw(0, "test", 7)
     draw.cache_clear()
-    again, regions_again = draw(0, "test", 7)
-    assert digest(image) == digest(again) and digest(regions) == digest(regions_again)
+    again, parts_again = draw(0, "test", 7)
+    assert digest(image) == digest(again) and digest(parts) == digest(parts_again)
     others = {digest(draw(*key)[0]) for key in ((0, "test", 27), (1, "test", 7), (0, "train", 7))}
     assert len(others | {digest(image)}) == 4
 
@@ -51,23 +51,40 @@ def test_species_differ_only_in_the_parts(monkeypatch, family):
         label = family * len(SPECIES) + species
         monkeypatch.setattr(birds, "CLASSES", CLASSES[label:label + 1])
         images.append([np.asarray(x).astype(int) for x in draw.__wrapped__(0, "test", 5)])
-    plain, regions = images[0]
-    near = np.zeros(regions.shape, bool)
+    plain, parts = images[0]
+    near = np.zeros(parts.shape, bool)
     for dy in range(-1, 2):
         for dx in range(-1, 2):
-            near |= np.roll(regions == PART, (dy, dx), (0, 1))
-    for image, its_regions in images[1:]:
+            near |= np.roll(parts > MARK, (dy, dx), (0, 1))
+    for image, its_parts in images[1:]:
         differs = (np.abs(image - plain) > 25).any(-1)
         assert 0.002 < differs.mean() < 0.2
         assert (differs & ~near).sum() <= 0.05 * differs.sum()
-        assert np.array_equal(its_regions, regions)
+        assert np.array_equal(its_parts, parts)
 
 
 def test_regions_cover_a_plausible_fraction():
-    shares = np.array([[(np.asarray(draw(0, "test", i)[1]) >= BIRD).mean(),
-                        (np.asarray(draw(0, "test", i)[1]) == PART).mean()] for i in range(100)])
+    regions = [np.asarray(Birds("test", 100).regions(i)) for i in range(100)]
+    shares = np.array([[(one >= BIRD).mean(), (one == PART).mean()] for one in regions])
     assert (shares[:, 0] > 0.04).all() and 0.1 < shares[:, 0].mean() < 0.4
     assert 0 < shares[:, 1].mean() < 0.5 * shares[:, 0].mean()  # all three parts
+
+
+def test_part_map_tells_ground_body_head_and_wing():
+    """The head is farther from the bird's middle than the wing is, unless the frame cuts it."""
+    birds, farther = Birds("test", 60), []
+    for i in range(60):
+        parts, regions = (np.asarray(read(i)) for read in (birds.part_map, birds.regions))
+        assert np.array_equal(parts == 0, regions == GROUND)
+        assert set(np.unique(parts)) <= {0, 1, 2, 3} and set(np.unique(regions)) <= {0, 1, 2}
+        assert set(parts[regions == PART]) == {2, 3}  # crown and eye ring, wing bar
+        middle, head, wing = (np.argwhere(where).mean(0)
+                              for where in (parts > 0, parts == 2, parts == 3))
+        farther.append(np.linalg.norm(head - middle) > np.linalg.norm(wing - middle))
+    assert sum(farther) > 50
+    covered = np.bincount(np.concatenate([np.asarray(birds.part_map(i)).ravel()
+                                          for i in range(60)])) / (60 * 64 * 64)
+    assert (covered[1:] > 0.01).all() and covered[1] > covered[3]
 
 
 def test_views_depend_on_seed_epoch_and_index_alone():

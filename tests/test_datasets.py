@@ -76,7 +76,6 @@ def test_cub_run_from_training_to_localisation(cub, tmp_path, monkeypatch, capsy
                      "--workers", "0"])
     printed = capsys.readouterr().out
     assert "trained" in printed and "object" in printed and "parts" not in printed
-    assert "pointing_game" in printed
 
 
 def test_aircraft_trains_on_trainval_by_variant(tmp_path):

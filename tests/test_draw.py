@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import train
-from data.draw import (BLUE, FRAME, GAP, GREY, HEIGHT, ORANGE, WIDTH, colours_of, example_indices,
-                       mask_sheet, run_sheet)
+from data.draw import (BLUE, FRAME, GAP, GREY, HEIGHT, ORANGE, PART_COLOURS, WIDTH, colours_of,
+                       example_indices, mask_sheet, run_sheet)
+from data.draw import sheet as rows_sheet
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["lodisc", "data", "eval", "train"]  # a module imports none to its right
@@ -110,7 +111,8 @@ def test_method_without_loss_fields_has_the_curve_of_its_total():
 
 @pytest.mark.parametrize("n", [1, 5, 8, 60])
 def test_example_indices_spread_over_the_images(n):
-    indices = example_indices(n)
+    assert {i % 4 for i in example_indices([i % 4 for i in range(64)])} == {0, 1, 2, 3}
+    indices = example_indices([0] * n)
     assert len(indices) == 8 and indices == sorted(indices) and set(indices) <= set(range(n))
     assert len(set(indices)) == min(n, 8) and indices[-1] >= n * 7 // 8
 
@@ -140,6 +142,22 @@ def test_mask_sheet_rows_are_image_importance_and_kept_patches():
     assert brightness == sorted(brightness) and len(set(brightness)) == 4
     assert near(kept[70:, :60], (200, 9, 90)).all() and near(kept[:60], 0).all()
     assert near(kept[:, 70:], 0).all()
+
+
+def test_parts_have_the_colours_of_the_legend():
+    images, parts = [Image.new("RGB", (16, 16), (90, 90, 90))] * 8, torch.tensor([[0, 3, 1, 2]] * 8)
+    page = np.asarray(rows_sheet({"image": (images, None), "parts": (images, parts)},
+                                 ("ground", "body", "head", "wing"))).astype(int)
+    tile = page[136:264, -132:-4]
+    corners = [tile[32, 32], tile[96, 32], tile[96, 96], tile[32, 96]]  # ground, body, head, wing
+    for corner, colour in zip(corners, PART_COLOURS):
+        assert np.abs(corner - (0.35 * 90 + 0.65 * np.array(colour))).max() <= 1
+    plain = np.asarray(rows_sheet({"image": (images, None), "parts": (images, parts)}))
+    assert len(page) - len(plain) == 24 and np.array_equal(page[:len(plain)], plain)
+    legend = page[len(plain):]
+    columns = [near(legend, colour).any(0).nonzero()[0] for colour in PART_COLOURS[:4]]
+    assert all(found.size and found.max() < later.min()  # all in one line, in order
+               for found, later in zip(columns, [*columns[1:], np.array([page.shape[1]])]))
 
 
 # --- imports ----------------------------------------------------------------------------------

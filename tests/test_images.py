@@ -191,5 +191,5 @@ def test_evaluation_names_unreadable_files(flowers, monkeypatch, capsys):
 def test_damaged_results_are_not_overwritten():
     Path("eval.json").write_text("{half")
     with pytest.raises((UserError, ValueError)):
-        evaluation.save_results(Path("."), {"knn": {"top1": 0.5}})
+        evaluation.save_rows(Path("."), {"trained": {"knn": {"top1": 0.5}}})
     assert Path("eval.json").read_text() == "{half" and not Path("per_image.json").exists()

@@ -111,7 +111,10 @@ def test_it_resumes_bit_exactly_and_from_another_place(own, monkeypatch):
         train.main(["--resume", "part"])
     with pytest.raises(UserError, match="other settings for method"):
         train.main(["--resume", "part", "--method", "elsewhere/moved.py:Other"])
-    train.main(["--resume", "part", "--method", "elsewhere/moved.py:Third"])
+    with pytest.raises(UserError, match="other settings for method_options"):
+        train.main(["--resume", "part", "--method-option", "weight=0.6"])
+    train.main(["--resume", "part", "--method", "elsewhere/moved.py:Third", "--method-option",
+                "weight=0.5"])
     assert same(weights("whole"), weights("part"))
     config = torch.load("part/checkpoint.pt", weights_only=True)["config"]
     assert config["method"].endswith("elsewhere/moved.py:Third")
@@ -120,8 +123,8 @@ def test_it_resumes_bit_exactly_and_from_another_place(own, monkeypatch):
 @pytest.mark.slow
 def test_it_resumes_bit_exactly_after_sigkill(own):
     own = [*own, "--epochs", "9"]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *own, "--out", "part"], text=True,
-                               stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *own, "--out", "part"],
+                               text=True, stdout=subprocess.PIPE)
     for line in process.stdout:
         if line.startswith("epoch 3/"):
             break

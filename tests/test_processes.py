@@ -112,8 +112,9 @@ def check_losses(folder, dataset):
         view1, view2 = map(torch.stack, zip(*(views[pair] for pair in pairs)))
         shares = [(view1[:6], view2[:6]), (view1[6:], view2[6:])]  # BatchNorm sees one of them
         keys = [[model.global_key(share[view])[0] for share in shares] for view in (0, 1)]
-        per_process.append([sum(contrastive_loss(model.query(share[view]), torch.cat(keys[1 - view]),
-                                                 0.2, 6 * rank) for view in (0, 1)).item()
+        per_process.append([sum(contrastive_loss(model.query(share[view]),
+                                                 torch.cat(keys[1 - view]), 0.2, 6 * rank)
+                                for view in (0, 1)).item()
                             for rank, share in enumerate(shares)])
     with open(Path(folder, "metrics.csv")) as file:
         found = [float(row["global_loss"]) for row in csv.DictReader(file)]

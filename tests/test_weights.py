@@ -405,6 +405,8 @@ def test_run_outlives_the_file_of_its_initial_weights(flowers, monkeypatch, caps
     torch.save({"state_dict": file.state_dict(), "config": sizes(file)}, "nano.pth")
     train.main(["--data", str(flowers), *SMALL, "--init", "nano.pth", "--out", "run"])
     assert '"initial"' in Path("run/eval.json").read_text()
+    with pytest.raises(UserError, match="--resume run: the run has --init .*nano.pth"):
+        train.main(["--resume", "run", "--init", "none"])
     Path("nano.pth").unlink()
     capsys.readouterr()
     train.main(["--resume", "run"])
@@ -427,9 +429,11 @@ def test_config_has_the_sizes_of_a_bare_file():
 def test_init_momentum_starts_from_the_momentum_encoder():
     base, other = (new_encoder(16, 8, 64, 1, 1) for _ in range(2))
     torch.save(dino_file(base, other), "dino.pth")
-    for momentum, expected in ((False, base), (True, other)):
-        config = {"init": "dino.pth", "init_momentum": momentum, "image_size": 16}
-        assert same(train.published_encoder(config).state_dict(), expected.state_dict())
+    for momentum, expected in (([], base), (["--init-momentum"], other)):
+        given, config = train.parse_args(["--init", "dino.pth", "--image-size", "16", *momentum])
+        config |= given
+        train.fill_defaults(config, torch.device("cpu"), 36)
+        assert same(train.build_model(config).encoder.state_dict(), expected.state_dict())
 
 
 @pytest.mark.parametrize("name", train.WEIGHTS)
@@ -444,8 +448,10 @@ def test_named_weights_are_fetched_from_the_publisher(tmp_path, monkeypatch, nam
         torch.save(backbone(base), path)
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
-    config = {"init": name, "init_momentum": False, "image_size": None}
-    assert same(train.published_encoder(config).state_dict(), base.state_dict())
+    given, config = train.parse_args(["--init", name])
+    config |= given
+    train.fill_defaults(config, torch.device("cpu"), 36)  # the run's config has the file
+    assert same(load_encoder(config["init"]).state_dict(), base.state_dict())
     (url, options), = calls
     assert url == train.WEIGHTS[name] and url.startswith("https://")
     assert (url == ViT_B_16_Weights.IMAGENET1K_V1.url) == (name == "imagenet")
@@ -456,7 +462,7 @@ def test_named_weights_are_fetched_from_the_publisher(tmp_path, monkeypatch, nam
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     with pytest.raises(UserError, match=f"could not fetch {url} .Name or service.*--init") as error:
-        train.published_encoder(config)
+        train.weights_file(name)
     assert "\n" not in str(error.value)
 
 
@@ -552,7 +558,7 @@ def test_masks_of_a_weights_file(flowers, weights_file, capsys):
     assert "wrote masks.png" in capsys.readouterr().out
     with Image.open("masks.png") as sheet:
         assert sheet.size[1] > 3 * 128
-    with pytest.raises(UserError, match="masks.png exists; give another --out"):
+    with pytest.raises(UserError, match="masks.png: expected a new file"):
         run_eval("masks", weights_file, image)
     run_eval("masks", weights_file, image, image, "--out", "two.png")
     run_eval("masks", weights_file, "--data", flowers, "--out", "eight.png")

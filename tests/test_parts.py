@@ -1,0 +1,180 @@
+"""Few-shot part segmentation: labels of patches, draws of the shots, mean IoU, the command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import train
+from data.birds import Birds, part_labels
+from data.datasets import Data
+from lodisc import UserError
+
+COLOURS = np.array([(20, 20, 20), (220, 30, 30), (30, 220, 30), (30, 30, 220)], dtype=np.uint8)
+SMALL = ["--image-size", "16", "--patch-size", "8", "--epochs", "1", "--batch-size", "50",
+         "--device", "cpu", "--workers", "0", "--out"]
+
+
+class Painted:
+    """n images of 4 x 4 patches of 4 px, 16 px after the crop, each patch painted as its part."""
+
+    parts = ("ground", "body", "head", "wing")
+
+    def __init__(self, n, seed, parts=4):
+        self.grids = np.random.default_rng(seed).integers(0, parts, (n, 4, 4)).astype(np.uint8)
+        self.targets = [i % 3 for i in range(n)]
+
+    def __len__(self):
+        return len(self.targets)
+
+    def part_map(self, i):
+        return Image.fromarray(np.pad(np.kron(self.grids[i], np.ones((4, 4), np.uint8)), 1))
+
+    def __getitem__(self, i):
+        return Image.fromarray(COLOURS[np.asarray(self.part_map(i))]), self.targets[i]
+
+
+def test_label_is_the_part_of_most_pixels_ties_to_the_lower():
+    data = Painted(3, 0)
+    assert np.array_equal(part_labels(data, range(3), 16, 4), data.grids.reshape(3, 16))
+    labels = part_labels(data, [2], 16, 8)[0].reshape(2, 2)  # of four patches each
+    for row in range(2):
+        for column in range(2):
+            four = data.grids[2, 2 * row:2 * row + 2, 2 * column:2 * column + 2].ravel()
+            assert labels[row, column] == np.bincount(four).argmax()  # the first of equals
+
+
+def segment(encoders, train_set, test_set, shots):
+    crop = (16, (0.5,) * 3, (0.5,) * 3)
+    return evaluation.segment_parts(encoders, Data(train_set, test_set), crop, shots)
+
+
+class Deaf(torch.nn.Module):
+    """Tokens that tell nothing."""
+
+    patch_size = 4
+
+    def tokens(self, images):
+        return torch.ones(len(images), 17, 3), []
+
+
+def test_painted_parts_are_found_by_pixels_and_not_by_constant_tokens():
+    encoders = {"raw pixels": evaluation.RawPixels(4), "deaf": Deaf()}
+    rows = segment(encoders, Painted(30, 1), Painted(20, 2), 10)
+    found, deaf = rows["raw pixels"]["parts"], rows["deaf"]["parts"]
+    assert found["mean_iou"] > 0.99 and found["ground"] > 0.99 and len(found["draws"]) == 10
+    assert deaf["mean_iou"] < 0.15  # one part everywhere
+    assert found["shots"] == 10 and list(rows) == list(encoders)
+
+
+def test_mean_iou_against_loops(monkeypatch):
+    """Of given predictions; intersection and union are summed over all images."""
+    test, answers, seen = Painted(5, 3, parts=3), [], []  # no patch is wing
+    generator = torch.Generator().manual_seed(0)
+
+    def probe(train, test, seed=0, device="cpu", held_out=None):
+        seen.append((train, held_out))
+        answers.append(torch.randint(4, (len(test[1]),), generator=generator))
+        return {"per_image": {"predicted": answers[-1].tolist()}}
+
+    monkeypatch.setattr(evaluation, "linear_probe", probe)
+    found = segment({"raw pixels": evaluation.RawPixels(4)}, Painted(30, 1), test, 20)
+    found, true, expected = found["raw pixels"]["parts"], test.grids.ravel().tolist(), []
+    for answer in answers:
+        ious = []
+        for part in range(3):
+            both = sum(a == t == part for a, t in zip(answer.tolist(), true))
+            either = sum(part in (a, t) for a, t in zip(answer.tolist(), true))
+            ious.append(both / either)
+        expected.append(ious)
+    expected = torch.tensor(expected, dtype=torch.float64)
+    means = expected[:, 1:].mean(1)  # body and head: without ground, and wing is nowhere
+    assert found["draws"] == pytest.approx(means.tolist())
+    assert found["mean_iou"] == pytest.approx(means.mean().item())
+    assert found["std"] == pytest.approx(means.std().item(), rel=1e-5)
+    assert [found[name] for name in ("ground", "body", "head")] == pytest.approx(
+        expected.mean(0).tolist())
+    assert "wing" not in found and found["per_image"]["last_draw"] == answers[-1].tolist()
+    # held out by image: whole images of 16 patches, two of twenty
+    (features, labels), held_out = seen[0]
+    assert features.shape == (20 * 16, 48) and labels.shape == (320,)
+    whole = held_out.view(20, 16)
+    assert torch.equal(whole.all(1), whole.any(1)) and whole.all(1).sum() == 2
+
+
+def test_shots_are_drawn_over_the_classes_and_alike_in_every_call(monkeypatch):
+    data, seen, real = Birds("train", 200), [], evaluation.extract
+    monkeypatch.setattr(evaluation, "extract", lambda encoders, dataset, *rest: (
+        seen.append(dataset), real(encoders, dataset, *rest))[1])
+    draws, real_probe = [], evaluation.linear_probe
+
+    def probe(train, *rest, **options):
+        draws.append(train[0])
+        return real_probe(train, *rest, **options)
+
+    monkeypatch.setattr(evaluation, "linear_probe", probe)
+    for _ in range(2):
+        evaluation.segment_parts({"raw pixels": evaluation.RawPixels(8)},
+                                 Data(data, Birds("test", 20)), (16, (0.5,) * 3, (0.5,) * 3), 10)
+    assert all(map(torch.equal, draws[:10], draws[10:]))
+    assert not torch.equal(draws[0], draws[1])
+    used = seen[0].indices  # of all ten draws; a tensor would draw another bird
+    assert all(type(i) is int for i in used)
+    classes = {data.targets[i] for i in used}
+    assert len(used) > 50 and len(classes) == 20
+    assert max(used) < 200 and seen[1].split == "test"
+
+
+def test_more_shots_than_classes_take_every_class_in_turn():
+    for draw in range(3):
+        by_class = evaluation.shuffled_by_class([i % 4 for i in range(40)], draw)
+        firsts = [own[0] % 4 for own in by_class]
+        assert sorted(firsts) == [0, 1, 2, 3] and all(
+            {i % 4 for i in own} == {first} for own, first in zip(by_class, firsts))
+    orders = {tuple(own[0] % 4 for own in evaluation.shuffled_by_class([0, 1, 2, 3] * 9, draw))
+              for draw in range(9)}
+    assert len(orders) > 3  # the first classes differ from draw to draw
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_parts_command_on_a_run(few_birds, capsys):
+    train.main([*SMALL, "run"])
+    before = json.loads(Path("run/eval.json").read_text())
+    capsys.readouterr()
+    for _ in range(2):  # again, over its own picture
+        evaluation.main(["parts", "run", "--device", "cpu", "--workers", "0"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("mean IoU", "± draws", "body", "head", "wing", "ground",
+                                            "raw pixels", "untrained", "trained"))
+    results = json.loads(Path("run/eval.json").read_text())
+    for row in (results, results["untrained"], results["pixels"]):
+        parts = row["parts"]
+        assert 0 < parts["mean_iou"] < 1 and parts["shots"] == len(parts["draws"]) == 10
+    assert results["linear"] == before["linear"]
+    with Image.open("run/parts.png") as picture:
+        assert picture.width > 8 * 128 and picture.height > 3 * 128
+    evaluation.main(["parts", "run", "--shots", "4", "--device", "cpu", "--workers", "0",
+                     "--out", "four.png"])
+    results = json.loads(Path("run/eval.json").read_text())
+    assert results["4 shots"]["parts"]["shots"] == 4 and results["parts"]["shots"] == 10
+    for shots in ("1", "201"):
+        with pytest.raises(UserError, match=rf"--shots must be in \[2, 200\], got {shots}"):
+            evaluation.main(["parts", "run", "--shots", shots, "--device", "cpu"])
+    evaluation.main(["export", "run", "--out", "weights.pth", "--device", "cpu"])
+    evaluation.main(["parts", "weights.pth", "--data", "synthetic", "--device", "cpu",
+                     "--workers", "0"])
+    assert "published" in capsys.readouterr().out and Path("parts.png").is_file()
+    with pytest.raises(UserError, match="parts.png: expected a new file"):
+        evaluation.main(["parts", "weights.pth", "--data", "synthetic", "--device", "cpu"])
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_parts_need_part_maps(flowers):
+    train.main(["--data", str(flowers), "--arch", "vit_nano", *SMALL, "run", "--batch-size", "12"])
+    with pytest.raises(UserError, match="has no part maps; the drawn birds") as error:
+        evaluation.main(["parts", "run", "--device", "cpu"])
+    assert "\n" not in str(error.value)
