@@ -33,8 +33,7 @@ from lodisc import (IMPORTANCES, METHODS, LoDisc, UserError, VisionTransformer, 
                     location_mask, read_weights, require)
 
 STRENGTHS = tuple(10.0**power for power in range(0, -6, -1))  # of the probe's L2 term, strong first
-# a metric's name in tables, and its place in eval.json
-METRICS = {"linear top-1": ("linear", "top1"), "top-5": ("linear", "top5"),
+METRICS = {"linear top-1": ("linear", "top1"), "top-5": ("linear", "top5"),  # in eval.json
            "k-NN top-1": ("knn", "top1"), "rank-1": ("retrieval", "rank1"),
            "rank-5": ("retrieval", "rank5"), "mAP": ("retrieval", "mAP")}
 MAIN_METRICS = {name: place for name, place in METRICS.items() if not name.endswith("-5")}
@@ -420,9 +419,10 @@ def draw_parts(args, encoder, config, device):
     keep(args, config, rows)
     shown, crop = example_indices(data.test.targets), v2.Compose(plain_crop(size))
     images = [crop(data.test[i][0]) for i in shown]
+    true = part_labels(data.test, shown, size, encoder.patch_size)
     predicted = torch.tensor(own["per_image"]["last_draw"]).view(len(data.test), -1)[shown]
-    return sheet({"image": (images, None), "predicted\nparts": (images, predicted), "true\nparts": (
-        images, part_labels(data.test, shown, size, encoder.patch_size))}, parts)
+    return sheet({"image": (images, None), "true\nparts": (images, true),
+                  "predicted\nparts": (images, predicted)}, parts)
 
 
 def export(encoder, path):
