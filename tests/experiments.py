@@ -1,13 +1,15 @@
-"""Print the README's tables: runs of train.py over settings and seeds, as Markdown.
+"""Print the tables of tests/RESULTS.md: runs of train.py over settings and seeds, as Markdown.
 
-    python tests/experiments.py methods                     # on the drawn birds
-    python tests/experiments.py masks flowers17 --data-root DIR
-    python tests/experiments.py variants DIR                # any data that train.py takes
-    python tests/experiments.py pictures                    # tests/pictures/masks.png
+    python tests/experiments.py methods                         # the drawn birds, from scratch
+    python tests/experiments.py pretrained flowers17 --data-root DIR --init WEIGHTS --seeds 5 6 7
+    python tests/experiments.py recipe cars98 --init WEIGHTS    # any data that train.py takes
+    python tests/experiments.py pictures                        # tests/pictures/masks.png
 
-Runs go into runs/experiments, a folder each. A finished run is not repeated, one that was killed
-resumes from its checkpoint: call again until it prints. Metrics are of the last epoch; ± is the
-standard deviation over seeds. The tables in HELD_OUT train and evaluate with --held-out.
+Runs go into runs/experiments, a folder each; one that was killed resumes: call again. A finished run
+is a line of tests/results/<data>.jsonl, with its metrics and their values per query, and is not run
+again: a table has all of its seeds that are there, so that it prints without data or weights.
+Metrics are of the last epoch; ± is the standard deviation over seeds, differences are paired by seed,
+with their 95 % interval. The tables in HELD_OUT train and evaluate with --held-out.
 """
 
 import argparse
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # before torch: it sets how idle threads wait
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import v2
@@ -34,59 +37,58 @@ from data.birds import Birds
 from data.draw import example_indices, sheet
 from lodisc import LoDisc, UserError, load_encoder, location_mask, read_weights, require
 
-RUNS = Path("runs/experiments")
+RUNS, STORE = Path("runs/experiments"), ROOT / "tests" / "results"
+GLOBAL, TWICE = ["--method", "global"], ["--epochs", "twice"]  # the recipe's epochs twice
+NEIGHBOURS = {name: ["--method", f"{ROOT}/tests/baselines.py:{name}"]
+              for name in ("CVSA", "PARTICLE")}
 # table: {row: options of train.py}; the first row is what the others are compared with
 TABLES = {
-    "methods": {"global": ["--method", "global"], "local": ["--method", "local"], "lodisc": []},
-    "neighbours": {"lodisc": [], "global": ["--method", "global"],
-                   **{name: ["--method", f"{ROOT}/tests/baselines.py:{name}"]
-                      for name in ("CVSA", "PARTICLE")}},
+    "methods": {"global": GLOBAL, "local": ["--method", "local"], "lodisc": []},
+    "neighbours": {"lodisc": [], "global": GLOBAL, **NEIGHBOURS},
+    "pretrained": {"global": GLOBAL, "lodisc": [], "global, epochs x 2": [*GLOBAL, *TWICE],
+                   "lodisc, epochs x 2": TWICE, "local": ["--method", "local"], **NEIGHBOURS},
     "masks": {"random": ["--mask", "random"], "location": [], "block": ["--mask", "block"],
               "least": ["--mask", "least"]},
-    "keep": {"0.3": [],
-             **{ratio: ["--keep-ratio", ratio] for ratio in ("0.1", "0.5", "0.7", "0.9")}},
+    "details": {"lodisc": [], **{f"keep {ratio}": ["--keep-ratio", ratio]
+                                 for ratio in ("0.1", "0.5", "0.7")},
+                "rollout": ["--importance", "rollout"], "last layer": ["--importance", "last"],
+                "tokens": ["--local-input", "tokens"]},
+    # of the tables measured at 8903fc9
+    "keep": {"0.3": [], **{ratio: ["--keep-ratio", ratio] for ratio in ("0.1", "0.5", "0.7", "0.9")}},
     "importance": {"product": [], "rollout": ["--importance", "rollout"],
-                   "last layer": ["--importance", "last"],
-                   "product, tokens": ["--local-input", "tokens"]},
-    # held out: the recipe, tuned with MoCo v3 alone, then the variants of LoDisc
-    "recipe": {row: ["--method", "global", *options] for row, options in {
-        "as it is": [], "lr 2e-3": ["--lr", "2e-3"], "lr 8e-3": ["--lr", "8e-3"],
-        "weight decay 0.02": ["--weight-decay", "0.02"],
-        "temperature 0.1": ["--temperature", "0.1"], "temperature 0.4": ["--temperature", "0.4"],
-        "crop from 0.2": ["--crop-min", "0.2"], "warm-up 6": ["--warmup-epochs", "6"]}.items()},
-    "variants": {"lodisc": [], "global": ["--method", "global"],
-                 "rollout": ["--importance", "rollout"], "keep 0.7": ["--keep-ratio", "0.7"],
-                 "tokens": ["--local-input", "tokens"], "block": ["--mask", "block"],
-                 "local loss rises": ["--method", f"{Path(__file__).resolve()}:Rising"],
-                 "mask follows late": ["--method", f"{Path(__file__).resolve()}:Late"]},
-    # on test/, once, with seeds 5 to 9: the best of the variants by linear top-1
-    "confirm": {"global": ["--method", "global"], "block": ["--mask", "block"]},
+                   "last layer": ["--importance", "last"], "tokens": ["--local-input", "tokens"]},
+    "confirm": {"global": GLOBAL, "block": ["--mask", "block"]},
+    # held out: the recipe of --init on a CPU, tuned for MoCo v3 alone
+    "recipe": {"as it is": GLOBAL, **{" ".join(pair): [*GLOBAL, f"--{pair[0]}", pair[1]] for pair in (
+        ("encoder-lr", "5e-6"), ("encoder-lr", "5e-5"), ("crop-min", "0.08"), ("crop-min", "0.35"),
+        ("momentum", "0.9"))}},
+    # held out: why LoDisc is not above MoCo v3 where it is not
+    "variants": {"lodisc": [], "global": GLOBAL, "keep 0.7": ["--keep-ratio", "0.7"],
+                 "tokens": ["--local-input", "tokens"], "last layer": ["--importance", "last"],
+                 **{f"local loss x {weight}": ["--method", f"{ROOT}/tests/experiments.py:Weighted",
+                                               "--method-option", f"weight={weight}"]
+                    for weight in ("0.5", "2")}},
 }
 HELD_OUT = ("recipe", "variants")
+COLUMNS = {name: place for name, place in evaluation.METRICS.items() if name != "top-5"}
 WHERE = {"on the bird": ("localisation", "object"), "on its parts": ("localisation", "parts"),
          "part mIoU": ("parts", "mean_iou")}
 PARTS = {"mean IoU": ("parts", "mean_iou"), **{part: ("parts", part) for part in Birds.parts}}
+BEFORE = {"raw pixels": "pixels", "untrained": "untrained", "initial": "initial"}
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
            10: 2.262}  # number of values: 97.5 % point of Student's t
 
 
-# --- schedules, as method files ---------------------------------------------------------------
+class Weighted(LoDisc):
+    """LoDisc with another weight of the local loss."""
 
-
-class Rising(LoDisc):
-    """The local loss's weight rises linearly from 0 to 1 over the first half of the run."""
+    def __init__(self, encoder, weight=1.0, **options):
+        super().__init__(encoder, **options)
+        self.weight = weight
 
     def forward(self, view1, view2, generator=None, progress=0.0):
         out = super().forward(view1, view2, generator, progress)
-        return out._replace(total=out.global_loss + min(1, 2 * progress) * out.local_loss)
-
-
-class Late(LoDisc):
-    """Random masks in the first half of the run, the attention's afterwards."""
-
-    def forward(self, view1, view2, generator=None, progress=0.0):
-        self.mask = "random" if progress < 0.5 else "location"
-        return super().forward(view1, view2, generator, progress)
+        return out._replace(total=out.global_loss + self.weight * out.local_loss)
 
 
 # --- runs -------------------------------------------------------------------------------------
@@ -104,12 +106,20 @@ def settings_of(options):
     return settings
 
 
-def run(data, options, seed, root=None):
+def run_name(data, options, seed, init):
+    words = [Path(data).name, *["init"] * bool(init), *options, "--seed", str(seed)]
+    return "-".join(word.lstrip("-").split(":")[-1] for word in words)
+
+
+def run(data, options, seed, root=None, init=None, features=("class",)):
     """Return the run's folder, trained and evaluated now or before."""
-    options = [*options, "--seed", str(seed)]
-    name = "-".join(option.lstrip("-").split(":")[-1] for option in [Path(data).name, *options])
-    folder = RUNS / name
-    options += ["--data", data] + ["--data-root", root] * bool(root)
+    folder = RUNS / run_name(data, options, seed, init)
+    options = [*options, "--seed", str(seed), "--data", data]
+    options += ["--data-root", root] * bool(root) + ["--init", init] * bool(init)
+    if "twice" in options:
+        place = options.index("twice")
+        epochs = settings_of(options[:place - 1] + options[place + 1:])["epochs"]
+        options[place] = str(2 * epochs)
     wanted = settings_of(options)
     if not (folder / "checkpoint.pt").exists():
         shutil.rmtree(folder, ignore_errors=True)  # killed before the first checkpoint
@@ -120,15 +130,52 @@ def run(data, options, seed, root=None):
         require(not odd, f"{folder} is a run with {', '.join(odd)}; move it away", UserError)
     if not (folder / "eval.json").exists():
         train.main([*options, "--resume" if folder.exists() else "--out", str(folder)])
-    has_regions = data == "synthetic" and "--held-out" not in options
-    for command, part in (("masks", "localisation"), ("parts", "parts")) if has_regions else ():
-        if part not in metrics_of(folder):
+    held_out = "--held-out" in options
+    for command, part in (("masks", "localisation"), ("parts", "parts")):
+        if data == "synthetic" and not held_out and part not in metrics_of(folder):
             evaluation.main([command, str(folder)])
+    if "mean" in features and "mean" not in metrics_of(folder):
+        config, encoder = read_weights(folder)["config"], load_encoder(folder)
+        found = train.load_data(config["data"], config["data_root"], held_out=held_out)
+        rows = evaluation.evaluate(
+            evaluation.rows_of(config, encoder), found, (encoder.image_size, encoder.mean,
+            encoder.std), "all", train.pick_device(config["device"]), kind="mean")
+        evaluation.save_rows(folder, rows, "mean")
     return folder
 
 
 def metrics_of(folder):
     return json.loads((folder / "eval.json").read_text())
+
+
+def seconds(folder):
+    with open(folder / "metrics.csv") as file:
+        return sum(float(row["seconds"]) for row in csv.DictReader(file))
+
+
+def stored(data):
+    """Return {name: record} of the finished runs on a data set."""
+    path = STORE / f"{Path(data).name}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {record["name"]: record for record in map(json.loads, lines)}
+
+
+def store(data, name, folder):
+    """Append a finished run: metrics, values per query, seconds, and where it ran."""
+    queries = json.loads((folder / "per_image.json").read_text())["retrieval"]["per_image"]
+    queries = {key: [value if value is None else round(value, 4) for value in values]
+               for key, values in queries.items()}
+    config = read_weights(folder)["config"]
+    test = train.load_data(config["data"], config["data_root"], held_out=config["held_out"]).test
+    where = (f"{train.pick_device(config['device'])}, {torch.get_num_threads()} threads, "
+             f"--amp {config['amp']}, torch {torch.__version__}")
+    record = {"name": name, "where": where, "config": {
+        key: value for key, value in config.items() if key not in (*train.MOVABLE, "method")},
+        "metrics": {**metrics_of(folder), "time": {"training": seconds(folder)}},
+        "queries": {**queries, "class": test.targets}}
+    STORE.mkdir(parents=True, exist_ok=True)
+    with open(STORE / f"{Path(data).name}.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 # --- tables -----------------------------------------------------------------------------------
@@ -150,30 +197,49 @@ def difference(values, others):
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
-def seconds(folder):
-    with open(folder / "metrics.csv") as file:
-        return sum(float(row["seconds"]) for row in csv.DictReader(file))
+def bootstrap(differences, classes, draws=10_000):
+    """Return the 95 % interval of the mean of differences (seeds, queries), drawing seeds and then
+    queries within each class, by seed 0: both sources of chance. A query that was left out, as
+    the only one of its class, is NaN."""
+    counted = ~np.isnan(differences).any(0)
+    differences, classes = differences[:, counted], np.asarray(classes)[counted]
+    rng, (seeds, queries) = np.random.default_rng(0), differences.shape
+    chosen = rng.integers(seeds, size=(draws, seeds))
+    sums = np.zeros(draws)
+    for label in np.unique(classes):
+        own = differences[:, classes == label]  # (seeds, queries of the class)
+        drawn = rng.integers(own.shape[1], size=(draws, own.shape[1]))
+        for seed in range(seeds):
+            sums += own[chosen[:, seed, None], drawn].sum(1)
+    low, high = np.percentile(sums / (seeds * queries), [2.5, 97.5])
+    return f"[{low:+.3f}, {high:+.3f}]"
 
 
 def markdown(rows, columns):
-    """rows {name: [a run's metrics]}, columns {name: (part, key)} -> lines of a table."""
+    """rows {name: {seed: metrics}}, columns {name: (part, key)} -> lines of a table."""
     base, *others = rows
-    before = {name: [metrics[key] for metrics in rows[base]] for name, key in (
-        ("raw pixels", "pixels"), ("untrained", "untrained"), ("initial", "initial"))
-        if all(key in metrics for metrics in rows[base])}
-    values = {row: {name: [metrics[part][key] for metrics in runs]
-                    for name, (part, key) in columns.items() if part in runs[0]}
+    first = rows[base]
+    before = {name: {seed: metrics[key] for seed, metrics in first.items()}
+              for name, key in BEFORE.items() if all(key in m for m in first.values())}
+    values = {row: {name: {seed: metrics[part][key] for seed, metrics in runs.items()}
+                    for name, (part, key) in columns.items() if part in next(iter(runs.values()))}
               for row, runs in (before | rows).items()}
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
 
-    def line(row, cells):
-        lines.append(f"| {row} | " + " | ".join(cells.get(name, "") for name in columns) + " |")
+    def line(row, seeds, cells):
+        cells = " | ".join(cells.get(name, "") for name in columns)
+        lines.append(f"| {row} | {' '.join(map(str, sorted(seeds)))} | {cells} |")
 
     for row, cells in values.items():
-        line(row, {name: spread(found) for name, found in cells.items()})
-    for row in others if len(rows[base]) > 1 else []:
-        line(f"{row} − {base}", {name: difference(found, values[base][name])
-                                 for name, found in values[row].items() if name != "training, s"})
+        line(row, (before | rows)[row], {name: spread(list(found.values()))
+                                         for name, found in cells.items()})
+    for row in others:
+        both = [seed for seed in rows[row] if seed in first]
+        if len(both) > 1:
+            line(f"{row} − {base}", both, {
+                name: difference([found[seed] for seed in both],
+                                 [values[base][name][seed] for seed in both])
+                for name, found in values[row].items() if name != "training, s"})
     return lines
 
 
@@ -205,38 +271,63 @@ def pictures(seed):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("table", choices=[*TABLES, "pictures"])
-    parser.add_argument("data", nargs="?", default="synthetic")
-    parser.add_argument("--data-root", help="as train.py's")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add = parser.add_argument
+    add("table", choices=[*TABLES, "pictures"])
+    add("data", nargs="?", default="synthetic")
+    add("--data-root", help="as train.py's")
+    add("--init", type=train.absolute, help="as train.py's, for all rows")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--rows", nargs="+", help="run these rows alone (default: all)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    seeds = sorted(set(args.seeds))
-    require(len(seeds) <= max(STUDENT), f"--seeds: at most {max(STUDENT)}, got {len(seeds)}",
-            UserError)
     data = train.data_name(args.data)
     if args.table == "pictures":
-        return pictures(seeds[0])
-    folders = {row: [] for row in TABLES[args.table]}
-    for seed in seeds:  # seed by seed, so that finished seeds can be compared early
-        for row, options in TABLES[args.table].items():
-            options = ["--held-out"] * (args.table in HELD_OUT) + options
-            folders[row].append(run(data, options, seed, args.data_root))
-    rows = {row: [{**metrics_of(folder), "time": {"training": seconds(folder)}} for folder in runs]
-            for row, runs in folders.items()}
-    columns = dict(evaluation.MAIN_METRICS)
-    if data == "synthetic" and args.table not in ("keep", *HELD_OUT):  # ratios differ in the most
-        columns |= WHERE
-    print(f"\n{args.table} on {Path(data).name}, seeds {', '.join(map(str, seeds))}\n")
+        return pictures(args.seeds[0])
+    options = {row: ["--held-out"] * (args.table in HELD_OUT) + words
+               for row, words in TABLES[args.table].items()}
+    odd = sorted(set(args.rows or ()) - set(options))
+    require(not odd, f"--rows: no {', '.join(odd)} in {', '.join(options)}", UserError)
+    features = ("class", "mean") if args.table == "pretrained" else ("class",)
+    for seed in sorted(set(args.seeds)):  # so that finished seeds can be compared early
+        for row in args.rows or options:
+            name = run_name(data, options[row], seed, args.init)
+            if name not in stored(data):
+                folder = run(data, options[row], seed, args.data_root, args.init, features)
+                store(data, name, folder)
+    print_table(args.table, data, options, args.init)
+
+
+def print_table(table, data, options, init):
+    """Print the table's rows with all seeds in the store, at most ten."""
+    found = stored(data)
+    records = {row: {seed: found[name] for seed in range(100)
+                     if (name := run_name(data, words, seed, init)) in found}
+               for row, words in options.items()}
+    rows = {row: {seed: record["metrics"] for seed, record in seeds.items()}
+            for row, seeds in records.items() if seeds}
+    columns = COLUMNS | (WHERE if data == "synthetic" and table not in HELD_OUT else {})
+    places = sorted({record["where"] for seeds in records.values() for record in seeds.values()})
+    print(f"\n{table} on {Path(data).name}; {'; '.join(places)}\n")
     print("\n".join(markdown(rows, columns | {"training, s": ("time", "training")})))
-    if args.table == "neighbours" and data == "synthetic":
-        runs = next(iter(rows.values()))
-        before = {name: [metrics[name] for metrics in runs] for name in ("untrained", "pixels")}
+    if table == "neighbours" and data == "synthetic":
+        first = next(iter(rows.values()))
+        before = {name: {seed: metrics[name] for seed, metrics in first.items()}
+                  for name in ("untrained", "pixels")}
         print("\npart segmentation of the same runs\n")
         print("\n".join(markdown(before | rows, PARTS)))
+    if table == "pretrained":
+        print("\nfeatures: the mean of the patch tokens\n")
+        print("\n".join(markdown({row: {seed: metrics["mean"] for seed, metrics in seeds.items()}
+                                  for row, seeds in rows.items()}, COLUMNS)))
+        pairs = [(records["lodisc"][seed], records["global"][seed])
+                 for seed in records["lodisc"] if seed in records["global"]]
+        for name, key in (("rank-1", "rank1"), ("mAP", "average_precision")) if pairs else ():
+            values = np.array([[one["queries"][key] for one in pair] for pair in pairs], float)
+            print(f"\nlodisc − global, {name}, bootstrap over seeds and queries: "
+                  f"{bootstrap(values[:, 0] - values[:, 1], pairs[0][0]['queries']['class'])}")
 
 
 if __name__ == "__main__":

