@@ -5,11 +5,11 @@
     python tests/experiments.py recipe cars98 --init WEIGHTS    # any data that train.py takes
     python tests/experiments.py pictures                        # tests/pictures/masks.png
 
-Runs go into runs/experiments, a folder each; one that was killed resumes: call again. A finished run
-is a line of tests/results/<data>.jsonl, with its metrics and their values per query, and is not run
-again: a table has all of its seeds that are there, so that it prints without data or weights.
-Metrics are of the last epoch; ± is the standard deviation over seeds, differences are paired by seed,
-with their 95 % interval. The tables in HELD_OUT train and evaluate with --held-out.
+Runs go into runs/experiments, a folder each; one that was killed resumes: call again. A finished
+run is a line of tests/results/<data>.jsonl, with its metrics and their values per query, and is not
+run again: a table has all of its seeds that are there, so that it prints without data or weights.
+Metrics are of the last epoch; ± is the standard deviation over seeds, differences are paired by
+seed, with their 95 % interval. The tables in HELD_OUT train and evaluate with --held-out.
 """
 
 import argparse
@@ -54,14 +54,16 @@ TABLES = {
                 "rollout": ["--importance", "rollout"], "last layer": ["--importance", "last"],
                 "tokens": ["--local-input", "tokens"]},
     # of the tables measured at 8903fc9
-    "keep": {"0.3": [], **{ratio: ["--keep-ratio", ratio] for ratio in ("0.1", "0.5", "0.7", "0.9")}},
+    "keep": {"0.3": [],
+             **{ratio: ["--keep-ratio", ratio] for ratio in ("0.1", "0.5", "0.7", "0.9")}},
     "importance": {"product": [], "rollout": ["--importance", "rollout"],
                    "last layer": ["--importance", "last"], "tokens": ["--local-input", "tokens"]},
     "confirm": {"global": GLOBAL, "block": ["--mask", "block"]},
     # held out: the recipe of --init on a CPU, tuned for MoCo v3 alone
-    "recipe": {"as it is": GLOBAL, **{" ".join(pair): [*GLOBAL, f"--{pair[0]}", pair[1]] for pair in (
-        ("encoder-lr", "5e-6"), ("encoder-lr", "5e-5"), ("crop-min", "0.08"), ("crop-min", "0.35"),
-        ("momentum", "0.9"))}},
+    "recipe": {"as it is": GLOBAL, **{
+        f"{name} {value}": [*GLOBAL, f"--{name}", value] for name, value in (
+            ("encoder-lr", "5e-6"), ("encoder-lr", "5e-5"), ("crop-min", "0.08"),
+            ("crop-min", "0.35"), ("momentum", "0.9"))}},
     # held out: why LoDisc is not above MoCo v3 where it is not
     "variants": {"lodisc": [], "global": GLOBAL, "keep 0.7": ["--keep-ratio", "0.7"],
                  "tokens": ["--local-input", "tokens"], "last layer": ["--importance", "last"],

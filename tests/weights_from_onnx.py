@@ -5,7 +5,6 @@
 
 A DINOv2 ViT-S/14 that its publisher fine-tuned for saliency; float16, 44 MB."""
 
-import re
 import sys
 
 import onnx
@@ -19,7 +18,8 @@ NAMES = (("attention.attention.query", "attn.q"), ("attention.attention.key", "a
          ("backbone.embeddings.", ""))
 
 graph = onnx.load(sys.argv[1]).graph
-tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+tensors = {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+           for tensor in graph.initializer}
 for node in graph.node:  # the exporter renamed transposed weights and constants by their use
     place = node.name.strip("/").replace("/", ".")
     for name in [name for name in node.input if name in tensors and name.startswith("onnx::")]:
@@ -29,12 +29,12 @@ for node in graph.node:  # the exporter renamed transposed weights and constants
             tensors["class" if node.op_type == "Concat" else "patches"] = tensors.pop(name)
 state = {"pos_embed": torch.cat([tensors.pop(name).reshape(1, -1, 384)
                                  for name in ("class", "patches")], dim=1)}
-for name in [name for name in tensors if name.startswith("backbone.")]:
-    ours = name
-    for theirs, new in NAMES:
-        ours = ours.replace(theirs, new)
-    state[ours] = tensors[name]
+for name, tensor in tensors.items():
+    for theirs, ours in NAMES if name.startswith("backbone.") else ():
+        name = name.replace(theirs, ours)
+    if not name.startswith(("decoder.", "onnx::")):
+        state[name] = tensor
 for name in [name for name in state if ".attn.q." in name]:
     state[name.replace("q.", "qkv.")] = torch.cat(
-        [state.pop(re.sub(r"attn\.q", f"attn.{part}", name)) for part in "qkv"])
+        [state.pop(name.replace("attn.q", f"attn.{part}")) for part in "qkv"])
 torch.save({name: tensor.half().contiguous() for name, tensor in state.items()}, sys.argv[2])
