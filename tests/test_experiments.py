@@ -126,6 +126,8 @@ def test_table_of_seeds(monkeypatch, capsys):
     data = Data(Birds("train", 60), Birds("test", 40))
     for script in (train, experiments.evaluation):
         monkeypatch.setattr(script, "load_data", lambda *args, **options: data)
+    monkeypatch.setattr(experiments.evaluation, "STRENGTHS", (1.0,))
+    monkeypatch.setattr(experiments.evaluation, "DRAWS", 2)
     small = {**train.RECIPES["birds"], "image_size": 16, "epochs": 2, "batch_size": 20}
     monkeypatch.setitem(train.RECIPES, "birds", small)
     options = ["--workers", "0"]
@@ -197,8 +199,7 @@ def test_table_of_seeds(monkeypatch, capsys):
 
 
 def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypatch, capsys):
-    encoder = VisionTransformer(16, 8, 64, 1, 1, learned_positions=True)
-    torch.save(encoder.state_dict(), "bare.pth")
+    experiments.evaluation.export(VisionTransformer(16, 8, 96, 4, 3), "nano.pth")
     monkeypatch.setattr(experiments.evaluation, "STRENGTHS", (1.0,))
     small = ["--image-size", "16", "--batch-size", "12", "--epochs", "1", "--workers", "0"]
     monkeypatch.setitem(experiments.TABLES, "pretrained", {
@@ -206,7 +207,7 @@ def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypa
     kinds, real = [], experiments.evaluation.evaluate
     monkeypatch.setattr(experiments.evaluation, "evaluate", lambda *args, **options: (
         kinds.append(options["kind"]), real(*args, **options))[1])
-    experiments.main(["pretrained", str(flowers), "--init", "bare.pth", "--seeds", "3", "4"])
+    experiments.main(["pretrained", str(flowers), "--init", "nano.pth", "--seeds", "3", "4"])
     assert kinds == ["mean"] * 4
     printed = capsys.readouterr().out
     rows = [line.split(" |")[0] for line in lines_of(printed)]

@@ -107,6 +107,7 @@ def test_mean_iou_against_loops(monkeypatch):
 
 
 def test_shots_are_drawn_over_the_classes_and_alike_in_every_call(monkeypatch):
+    monkeypatch.setattr(evaluation, "STRENGTHS", (1.0,))
     data, seen, real = Birds("train", 200), [], evaluation.extract
     monkeypatch.setattr(evaluation, "extract", lambda encoders, dataset, *rest: (
         seen.append(dataset), real(encoders, dataset, *rest))[1])
@@ -141,7 +142,9 @@ def test_more_shots_than_classes_take_every_class_in_turn():
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_parts_command_on_a_run(few_birds, capsys):
+def test_parts_command_on_a_run(few_birds, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "STRENGTHS", (1.0, 1e-3))
+    monkeypatch.setattr(evaluation, "DRAWS", 3)
     train.main([*SMALL, "run"])
     before = json.loads(Path("run/eval.json").read_text())
     capsys.readouterr()
@@ -153,7 +156,7 @@ def test_parts_command_on_a_run(few_birds, capsys):
     results = json.loads(Path("run/eval.json").read_text())
     for row in (results, results["untrained"], results["pixels"]):
         parts = row["parts"]
-        assert 0 < parts["mean_iou"] < 1 and parts["shots"] == len(parts["draws"]) == 10
+        assert 0 < parts["mean_iou"] < 1 and (parts["shots"], len(parts["draws"])) == (10, 3)
     assert results["linear"] == before["linear"]
     with Image.open("run/parts.png") as picture:
         assert picture.width > 8 * 128 and picture.height > 3 * 128

@@ -29,7 +29,8 @@ MODULES = [importlib.import_module(name) for name in
 PARSERS = {"train.py": train.parse_args, "eval.py": evaluation.parse_args,
            "tests/experiments.py": experiments.parse_args,
            "tests/benchmark.py": benchmark.parse_args,
-           "tests/assignment.py": lambda words: Path(*words)}
+           "tests/assignment.py": lambda words: Path(*words),
+           "tests/weights_from_onnx.py": list}
 # metrics.csv's columns, the checkpoint's record, a method's attributes and arguments, option values
 WORDS = {"epoch", "step", *LoDiscOutput._fields, "loss", "lr", "images_per_second", "seconds",
          "config", *inspect.signature(LoDisc).parameters, "momentum_encoder",

@@ -37,8 +37,10 @@ def rows(folder):
 
 
 def begin(*arguments, **options):
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(  # a shell's background jobs ignore SIGINT, and so do their children
+        [sys.executable, ROOT / "train.py", *map(str, arguments)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
 
 def wait_for(process, start, count):
