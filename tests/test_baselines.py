@@ -182,8 +182,8 @@ def test_empty_clusters_stay_empty():
 
 
 def test_clusters_and_means_are_float32_under_autocast():
-    points = torch.randn(3, 40, 64)
-    first = torch.zeros(3, dtype=torch.long)
+    points = torch.randn(8, 300, 16)
+    first = torch.zeros(8, dtype=torch.long)
     expected = cluster(points, first, 5)
     means, _ = part_means(points, expected, 5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -299,6 +299,15 @@ def test_masks_are_the_most_important_part():
         means = [importance[i][assignment == part].mean().item() if (assignment == part).any()
                  else -float("inf") for part in range(3)]
         assert torch.equal(masks[i], assignment == means.index(max(means)))
+
+
+def test_an_absent_part_is_not_the_most_important(monkeypatch):
+    """Two places for three parts; the logarithms of importance are below 0, the absent mean."""
+    model, (images, _) = small(PARTICLE, parts=3)
+    tokens = F.one_hot(torch.tensor([0, 1] * 8), 4).float().expand(6, 16, 4)
+    importance = torch.where(tokens[..., 1] > 0, -2.0, -3.0)
+    monkeypatch.setattr(model, "momentum_tokens", lambda images: (tokens, importance))
+    assert torch.equal(model.masks(images), tokens[..., 1] > 0)
 
 
 def test_parts_must_fit_the_patches():
