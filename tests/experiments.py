@@ -113,8 +113,8 @@ def run_name(data, options, seed, init):
     return "-".join(word.lstrip("-").split(":")[-1] for word in words)
 
 
-def run(data, options, seed, root=None, init=None, features=("class",)):
-    """Return the run's folder, trained and evaluated now or before."""
+def run(data, options, seed, root=None, init=None, mean=False):
+    """Return the run's folder, trained and evaluated now or before; mean: mean patch tokens too."""
     folder = RUNS / run_name(data, options, seed, init)
     options = [*options, "--seed", str(seed), "--data", data]
     options += ["--data-root", root] * bool(root) + ["--init", init] * bool(init)
@@ -136,7 +136,7 @@ def run(data, options, seed, root=None, init=None, features=("class",)):
     for command, part in (("masks", "localisation"), ("parts", "parts")):
         if data == "synthetic" and not held_out and part not in metrics_of(folder):
             evaluation.main([command, str(folder)])
-    if "mean" in features and "mean" not in metrics_of(folder):
+    if mean and "mean" not in metrics_of(folder):
         config, encoder = read_weights(folder)["config"], load_encoder(folder)
         found = train.load_data(config["data"], config["data_root"], held_out=held_out)
         rows = evaluation.evaluate(
@@ -160,6 +160,17 @@ def stored(data):
     path = STORE / f"{Path(data).name}.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return {record["name"]: record for record in map(json.loads, lines)}
+
+
+def records_of(data, options, init):
+    """options {row: options of train.py} -> {row: {seed: record}}, of the finished runs."""
+    found = {row: {} for row in options}
+    for name, record in stored(data).items():
+        seed = record["config"]["seed"]
+        for row, words in options.items():
+            if name == run_name(data, words, seed, init):
+                found[row][seed] = record
+    return found
 
 
 def store(data, name, folder):
@@ -292,22 +303,18 @@ def main(argv=None):
                for row, words in TABLES[args.table].items()}
     odd = sorted(set(args.rows or ()) - set(options))
     require(not odd, f"--rows: no {', '.join(odd)} in {', '.join(options)}", UserError)
-    features = ("class", "mean") if args.table == "pretrained" else ("class",)
+    seeds = set(args.seeds).union(*records_of(data, options, args.init).values())
+    require(len(seeds) <= 10, f"--seeds: at most 10, got {len(seeds)} with the stored", UserError)
     for seed in sorted(set(args.seeds)):  # so that finished seeds can be compared early
         for row in args.rows or options:
-            name = run_name(data, options[row], seed, args.init)
-            if name not in stored(data):
-                folder = run(data, options[row], seed, args.data_root, args.init, features)
-                store(data, name, folder)
-    print_table(args.table, data, options, args.init)
+            name, mean = run_name(data, options[row], seed, args.init), args.table == "pretrained"
+            if name not in stored(data):  # another process may have finished it by now
+                store(data, name, run(data, options[row], seed, args.data_root, args.init, mean))
+    print_table(args.table, data, records_of(data, options, args.init))
 
 
-def print_table(table, data, options, init):
-    """Print the table's rows with all seeds in the store, at most ten."""
-    found = stored(data)
-    records = {row: {seed: found[name] for seed in range(100)
-                     if (name := run_name(data, words, seed, init)) in found}
-               for row, words in options.items()}
+def print_table(table, data, records):
+    """Print the table of {row: {seed: record}}."""
     rows = {row: {seed: record["metrics"] for seed, record in seeds.items()}
             for row, seeds in records.items() if seeds}
     columns = COLUMNS | (WHERE if data == "synthetic" and table not in HELD_OUT else {})

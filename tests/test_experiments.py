@@ -116,6 +116,8 @@ def test_unlabelled_images_are_refused_at_once(flowers, monkeypatch):
     monkeypatch.delattr(train, "main")
     with pytest.raises(UserError, match="training without evaluation"):
         experiments.main(["methods", str(flowers / "train")])
+    with pytest.raises(UserError, match="at most 10, got 11"):
+        experiments.main(["methods", "--seeds", *map(str, range(11))])
     with pytest.raises(UserError, match="--rows: no other in global, local, lodisc"):
         experiments.main(["methods", "--rows", "lodisc", "other"])
     assert not experiments.RUNS.exists()
