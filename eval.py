@@ -414,7 +414,7 @@ def draw_parts(args, encoder, config, device):
     parts, own = data.test.parts, list(rows.values())[-1]["parts"]
     print(table(rows, {"mean IoU": ("parts", "mean_iou"), "± draws": ("parts", "std"),
                        **{part: ("parts", part) for part in (*parts[1:], parts[0])}}))
-    for part in set(parts) - set(own):
+    for part in [part for part in parts if part not in own]:
         print(f"left out, as on no test patch: {part}")
     keep(args, config, rows)
     shown, crop = example_indices(data.test.targets), v2.Compose(plain_crop(size))

@@ -113,7 +113,7 @@ def curves(pen, box, lines, levels, label, font):
     pen.line([(left, top), (left, bottom), (right, bottom)], "black")
     for value in np.linspace(low + margin, high - margin, 5):
         pen.text((left - 6, at(0, value)[1]), f"{value:.2f}", "black", font, anchor="rm")
-    for epoch in sorted({round(epochs * part / 5) for part in range(6)}):
+    for epoch in range(0, epochs + 1, math.ceil(epochs / 6)):
         pen.text((at(epoch, low)[0], bottom + 6), str(epoch), "black", font, anchor="mt")
     pen.text(((left + right) / 2, bottom + 26), "epoch", "black", font, anchor="mt")
     for level in sorted(set(levels.values())):

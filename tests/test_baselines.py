@@ -2,10 +2,6 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,12 +13,10 @@ import baselines
 import eval as evaluation
 import train
 from baselines import (CVSA, PARTICLE, alignment_loss, cluster, part_means, swap_background)
-from conftest import same, weights
 from lodisc import (IMPORTANCES, LoDisc, UserError, VisionTransformer, contrastive_loss, create_vit,
                     location_mask)
 
-ROOT = Path(__file__).parent.parent
-FILE = ROOT / "tests" / "baselines.py"
+FILE = Path(__file__).with_name("baselines.py")
 SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--batch-size", "12",
          "--device", "cpu"]
 CLASSES = pytest.mark.parametrize("cls", [CVSA, PARTICLE])
@@ -363,25 +357,3 @@ def test_trains_logs_draws_and_evaluates(cls, flowers, capsys):
     assert "top1" in results["linear"] and "untrained" in results
     train.main([*options, "--init", "run", "--epochs", "1", "--out", "second"])
     assert "initial" in json.loads(Path("second/eval.json").read_text())
-
-
-@pytest.mark.slow
-@CLASSES
-@pytest.mark.usefixtures("elsewhere")
-def test_two_processes_killed_and_resumed_end_as_undisturbed(cls, flowers):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc_per_node=2", ROOT / "train.py"]
-    options = ["--data", flowers / "train", *SMALL, "--workers", "1", "--epochs", "8", "--method",
-               f"{FILE}:{cls.__name__}", *["--method-option", "parts=2"] * (cls is PARTICLE)]
-    process = subprocess.Popen([*torchrun, *options, "--out", "killed"], text=True,
-                               start_new_session=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL)
-    for line in process.stdout:
-        if line.startswith("epoch 2/"):
-            break
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 3 <= torch.load("killed/checkpoint.pt", weights_only=True)["step"] < 24
-    for more in (["--resume", "killed"], [*options, "--out", "whole"]):
-        subprocess.run([*torchrun, *more], check=True, capture_output=True, timeout=200)
-    assert same(weights("killed"), weights("whole"))

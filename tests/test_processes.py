@@ -23,6 +23,7 @@ from lodisc import LoDisc, UserError, contrastive_loss, create_vit, gather
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(__file__).parent.parent
+BASELINES = ROOT / "tests" / "baselines.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
             ROOT / "train.py"]
 SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--warmup-epochs", "0",
@@ -124,8 +125,12 @@ def check_losses(folder, dataset):
 
 
 @pytest.mark.slow
-def test_torchrun_killed_and_resumed_ends_as_an_undisturbed_run(flowers):
-    options = ["--data", flowers / "train", *SMALL, "--workers", "1", "--epochs", "12"]
+@pytest.mark.parametrize("method", [[], [f"{BASELINES}:CVSA"],
+                                    [f"{BASELINES}:PARTICLE", "--method-option", "parts=2"]],
+                         ids=["lodisc", "CVSA", "PARTICLE"])
+def test_torchrun_killed_and_resumed_ends_as_an_undisturbed_run(method, flowers):
+    options = ["--data", flowers / "train", *SMALL, "--workers", "1", "--epochs", "12",
+               *["--method"] * bool(method), *method]
     process = subprocess.Popen([*TORCHRUN, *options, "--out", "killed"], text=True,
                                start_new_session=True, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL)
