@@ -53,7 +53,7 @@ def require(condition, message, error=ValueError):
         raise error(message)
 
 
-def widen(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """Cast half precision and integers to float32; leave float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -67,7 +67,7 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     q (B, h, Q, d), k (B, h, 1+N, d) -> (B, h, Q, 1+N), float32 or wider under any autocast:
     the product over layers (section 2) would multiply twelve rounding errors of half precision."""
     with torch.autocast(q.device.type, enabled=False):
-        q, k = widen(q), widen(k)
+        q, k = at_least_float32(q), at_least_float32(k)
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
@@ -261,7 +261,7 @@ def check_layers(attentions, dimensions=(3, 4)):
 def class_row(attention: Tensor) -> Tensor:
     """Average the heads of the class token's row, patches only: (B, h, 1+N[, 1+N]) -> (B, N)."""
     row = attention if attention.ndim == 3 else attention[:, :, 0]
-    return widen(row).mean(dim=1)[:, 1:]
+    return at_least_float32(row).mean(dim=1)[:, 1:]
 
 
 def attention_product(attentions: list[Tensor]) -> Tensor:
@@ -284,11 +284,11 @@ def attention_rollout(attentions: list[Tensor]) -> Tensor:
     encoder's attention="mean" takes the least memory. Rows raise ValueError: they lack the
     attention between patches. Abnar and Zuidema 2020, section 3."""
     check_layers(attentions, dimensions=(4,))
-    row = torch.zeros_like(widen(attentions[0])[:, 0, 0])  # (B, 1+N)
+    row = torch.zeros_like(at_least_float32(attentions[0])[:, 0, 0])  # (B, 1+N)
     row[:, 0] = 1  # the class token
     with torch.autocast(row.device.type, enabled=False):
-        for attention in reversed(attentions):  # a row times a matrix: O(N^2), not O(N^3)
-            row = (torch.einsum("bi,bij->bj", row, widen(attention).mean(dim=1)) + row) / 2
+        for a in reversed(attentions):  # a row times a matrix: O(N^2), not O(N^3)
+            row = (torch.einsum("bi,bij->bj", row, at_least_float32(a).mean(dim=1)) + row) / 2
     return row[:, 1:]
 
 
@@ -329,7 +329,7 @@ def location_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tens
 
 def least_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     """Ablation: keep the LEAST important patches. As location_mask otherwise."""
-    return location_mask(-widen(importance), keep_ratio)
+    return location_mask(-at_least_float32(importance), keep_ratio)
 
 
 def random_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
@@ -432,8 +432,8 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, offset: 
             f"{len(queries)} queries from key {offset} on do not fit {len(keys)} keys")
     require(temperature > 0, f"the temperature must be above 0, got {temperature}")
     with torch.autocast(queries.device.type, enabled=False):
-        queries = F.normalize(widen(queries), dim=1)
-        keys = F.normalize(widen(keys.detach()), dim=1)
+        queries = F.normalize(at_least_float32(queries), dim=1)
+        keys = F.normalize(at_least_float32(keys.detach()), dim=1)
         logits = queries @ keys.T / temperature  # (B, M)
         positives = offset + torch.arange(len(queries), device=queries.device)
         return 2 * temperature * F.cross_entropy(logits, positives)

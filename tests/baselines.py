@@ -19,8 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lodisc import (IMPORTANCES, LoDisc, UserError, class_row, contrastive_loss, mask_pixels,
-                    require, widen)
+from lodisc import (IMPORTANCES, LoDisc, UserError, at_least_float32, class_row, contrastive_loss,
+                    mask_pixels, require)
 
 
 # --- CVSA: cross-view saliency alignment ------------------------------------------------------
@@ -113,7 +113,7 @@ def cluster(points: Tensor, first: Tensor, parts: int, iterations: int = 5) -> T
     point with the smallest maximum cosine to the centres so far. Ties go to the lowest index. An
     empty cluster keeps its centre. Float32 or wider under any autocast -> assignment (B, M)."""
     with torch.autocast(points.device.type, enabled=False):
-        points = F.normalize(widen(points), dim=2)
+        points = F.normalize(at_least_float32(points), dim=2)
         images = torch.arange(len(points), device=points.device)
         centres = points[images, first][:, None]  # (B, 1, D)
         nearest = (points @ centres.transpose(1, 2)).squeeze(2)  # (B, M), the maximum cosine so far
@@ -133,7 +133,7 @@ def part_means(tokens: Tensor, assignment: Tensor, parts: int) -> tuple[Tensor, 
     """Average patch tokens (B, N, D) over each part -> (B, K, D), and whether it has members,
     bool (B, K). Float32 or wider under any autocast."""
     with torch.autocast(tokens.device.type, enabled=False):
-        tokens = widen(tokens)
+        tokens = at_least_float32(tokens)
         members = one_hot(assignment, parts, tokens.dtype)  # (B, N, K)
         counts = members.sum(1)  # (B, K)
         means = members.transpose(1, 2) @ tokens / counts.clamp_min(1)[:, :, None]
