@@ -55,22 +55,22 @@ def part_colours(parts, image):
     return Image.blend(ImageOps.grayscale(image).convert("RGB"), colours, 0.65)
 
 
-def sheet(rows, names=()):
+def sheet(rows, names=(), tile=TILE):
     """{name: (images, values)}: a labelled row each. values: None, or of all patches (n, N) their
     importance, bool masks or int64 parts, whose names the legend tells."""
-    step, columns = TILE + GAP, max(len(images) for images, _ in rows.values())
+    step, columns = tile + GAP, max(len(images) for images, _ in rows.values())
     height = step * len(rows) + GAP
     page = Image.new("RGB", (MARGIN + step * columns, height + 24 * bool(names)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
     legend(pen, (MARGIN - 12, height + 28), dict(zip(names, PART_COLOURS)), font)
     for y, (name, (images, values)) in enumerate(rows.items()):
-        pen.multiline_text((8, GAP + y * step + TILE // 2), name, "black", font, anchor="lm")
+        pen.multiline_text((8, GAP + y * step + tile // 2), name, "black", font, anchor="lm")
         for x, image in enumerate(images):
-            tile = image.resize((TILE, TILE), Image.BICUBIC)
+            image = image.resize((tile, tile), Image.BICUBIC)
             if values is not None:
                 draw = {torch.bool: kept_patches, torch.int64: part_colours}
-                tile = draw.get(values.dtype, heat_map)(values[x], tile)
-            page.paste(tile, (MARGIN + x * step, GAP + y * step))
+                image = draw.get(values.dtype, heat_map)(values[x], image)
+            page.paste(image, (MARGIN + x * step, GAP + y * step))
     return page
 
 

@@ -3,7 +3,7 @@
     python tests/experiments.py methods                         # the drawn birds, from scratch
     python tests/experiments.py pretrained flowers17 --data-root DIR --init WEIGHTS --seeds 5 6 7
     python tests/experiments.py recipe cars98 --init WEIGHTS    # any data that train.py takes
-    python tests/experiments.py pictures                        # tests/pictures/masks.png
+    python tests/experiments.py pictures                        # tests/pictures
 
 Runs go into runs/experiments, a folder each; one that was killed resumes: call again. A finished
 run is a line of tests/results/<data>.jsonl, with its metrics and their values per query, and is not
@@ -28,37 +28,32 @@ import train  # before torch: it sets how idle threads wait
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms import v2
 
 import eval as evaluation
 from data.augment import plain_crop, to_tensor
 from data.birds import Birds
 from data.draw import example_indices, sheet
-from lodisc import LoDisc, UserError, load_encoder, location_mask, read_weights, require
+from figure import overview
+from lodisc import (LoDisc, UserError, load_encoder, location_mask, mask_pixels, read_weights,
+                    require)
 
 RUNS, STORE = Path("runs/experiments"), ROOT / "tests" / "results"
-GLOBAL, TWICE = ["--method", "global"], ["--epochs", "twice"]  # the recipe's epochs twice
+GLOBAL, LOCAL, TWICE = ["--method", "global"], ["--method", "local"], ["--epochs", "twice"]
 NEIGHBOURS = {name: ["--method", f"{ROOT}/tests/baselines.py:{name}"]
               for name in ("CVSA", "PARTICLE")}
 # table: {row: options of train.py}; the first row is what the others are compared with
 TABLES = {
-    "methods": {"global": GLOBAL, "local": ["--method", "local"], "lodisc": []},
+    "methods": {"global": GLOBAL, "local": LOCAL, "lodisc": []},
     "neighbours": {"lodisc": [], "global": GLOBAL, **NEIGHBOURS},
     "pretrained": {"global": GLOBAL, "lodisc": [], "global, epochs x 2": [*GLOBAL, *TWICE],
-                   "lodisc, epochs x 2": TWICE, "local": ["--method", "local"], **NEIGHBOURS},
+                   "lodisc, epochs x 2": TWICE, "local": LOCAL, **NEIGHBOURS},
     "masks": {"random": ["--mask", "random"], "location": [], "block": ["--mask", "block"],
               "least": ["--mask", "least"]},
     "details": {"lodisc": [], **{f"keep {ratio}": ["--keep-ratio", ratio]
                                  for ratio in ("0.1", "0.5", "0.7")},
                 "rollout": ["--importance", "rollout"], "last layer": ["--importance", "last"],
                 "tokens": ["--local-input", "tokens"]},
-    # of the tables measured at 8903fc9
-    "keep": {"0.3": [],
-             **{ratio: ["--keep-ratio", ratio] for ratio in ("0.1", "0.5", "0.7", "0.9")}},
-    "importance": {"product": [], "rollout": ["--importance", "rollout"],
-                   "last layer": ["--importance", "last"], "tokens": ["--local-input", "tokens"]},
-    "confirm": {"global": GLOBAL, "block": ["--mask", "block"]},
     # held out: the recipe of --init on a CPU, tuned for MoCo v3 alone
     "recipe": {"as it is": GLOBAL, **{
         f"{name} {value}": [*GLOBAL, f"--{name}", value] for name, value in (
@@ -67,9 +62,11 @@ TABLES = {
     # held out: why LoDisc is not above MoCo v3 where it is not
     "variants": {"lodisc": [], "global": GLOBAL, "keep 0.7": ["--keep-ratio", "0.7"],
                  "tokens": ["--local-input", "tokens"], "last layer": ["--importance", "last"],
-                 **{f"local loss x {weight}": ["--method", f"{ROOT}/tests/experiments.py:Weighted",
-                                               "--method-option", f"weight={weight}"]
-                    for weight in ("0.5", "2")}},
+                 **{f"{name} {value}": ["--method", f"{ROOT}/tests/experiments.py:Variant",
+                                        "--method-option", f"{name}={value}"]
+                    for name, value in (("weight", "0.5"), ("weight", "2"), ("blur", "True"))},
+                 "lodisc, 154 px": ["--image-size", "154"],
+                 "global, 154 px": [*GLOBAL, "--image-size", "154"]},
 }
 HELD_OUT = ("recipe", "variants")
 COLUMNS = {name: place for name, place in evaluation.METRICS.items() if name != "top-5"}
@@ -81,16 +78,24 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
            10: 2.262}  # number of values: 97.5 % point of Student's t
 
 
-class Weighted(LoDisc):
-    """LoDisc with another weight of the local loss."""
+class Variant(LoDisc):
+    """LoDisc with another weight of the local loss, or with the other patches blurred, not zero."""
 
-    def __init__(self, encoder, weight=1.0, **options):
+    def __init__(self, encoder, weight=1.0, blur=False, **options):
         super().__init__(encoder, **options)
-        self.weight = weight
+        self.weight, self.blur = weight, blur
 
     def forward(self, view1, view2, generator=None, progress=0.0):
         out = super().forward(view1, view2, generator, progress)
         return out._replace(total=out.global_loss + self.weight * out.local_loss)
+
+    def local_key(self, view, mask):
+        size = self.encoder.patch_size
+        if self.blur:  # sigma: a patch
+            blurred = v2.functional.gaussian_blur(view, 4 * size + 1, float(size))
+            view = mask_pixels(view, mask, size) + mask_pixels(blurred, ~mask, size)
+            mask = torch.ones_like(mask)
+        return super().local_key(view, mask)
 
 
 # --- runs -------------------------------------------------------------------------------------
@@ -150,11 +155,6 @@ def metrics_of(folder):
     return json.loads((folder / "eval.json").read_text())
 
 
-def seconds(folder):
-    with open(folder / "metrics.csv") as file:
-        return sum(float(row["seconds"]) for row in csv.DictReader(file))
-
-
 def stored(data):
     """Return {name: record} of the finished runs on a data set."""
     path = STORE / f"{Path(data).name}.jsonl"
@@ -174,7 +174,12 @@ def records_of(data, options, init):
 
 
 def store(data, name, folder):
-    """Append a finished run: metrics, values per query, seconds, and where it ran."""
+    """Append a finished run: metrics, values per query, losses, seconds, and where it ran."""
+    with open(folder / "metrics.csv") as file:
+        epochs = list(csv.DictReader(file))
+    losses = {column: [float(epoch[column]) for epoch in epochs] for column in epochs[0]
+              if column.endswith("loss")}
+    seconds = sum(float(epoch["seconds"]) for epoch in epochs)
     queries = json.loads((folder / "per_image.json").read_text())["retrieval"]["per_image"]
     queries = {key: [value if value is None else round(value, 4) for value in values]
                for key, values in queries.items()}
@@ -184,7 +189,7 @@ def store(data, name, folder):
              f"--amp {config['amp']}, torch {torch.__version__}")
     record = {"name": name, "where": where, "config": {
         key: value for key, value in config.items() if key not in (*train.MOVABLE, "method")},
-        "metrics": {**metrics_of(folder), "time": {"training": seconds(folder)}},
+        "metrics": {**metrics_of(folder), "time": {"training": seconds}}, "losses": losses,
         "queries": {**queries, "class": test.targets}}
     STORE.mkdir(parents=True, exist_ok=True)
     with open(STORE / f"{Path(data).name}.jsonl", "a") as file:
@@ -260,26 +265,21 @@ def markdown(rows, columns):
 
 
 def pictures(seed):
-    """Draw tests/pictures/masks.png: the pivotal patches of the initial weights, of MoCo v3 alone
-    and of LoDisc, on the drawn birds."""
-    folders = {method: run("synthetic", TABLES["methods"][method], seed)
-               for method in ("global", "lodisc")}
-    config, test = read_weights(folders["lodisc"])["config"], Birds("test", 20)
+    """Draw tests/pictures: method.png, the overview figure with the tensors of LoDisc's run, and
+    masks.png, the patches that MoCo v3's and LoDisc's momentum encoders keep."""
+    folders = {name: run("synthetic", TABLES["methods"][method], seed)
+               for name, method in (("MoCo v3", "global"), ("LoDisc", "lodisc"))}
+    config, data = read_weights(folders["LoDisc"])["config"], train.load_data("synthetic")
+    normalise = v2.Compose(to_tensor(config["mean"], config["std"]))
     crop = v2.Compose(plain_crop(config["image_size"]))
-    birds = [crop(test[i][0]) for i in example_indices(test.targets)]
-    encoders = {"untrained": train.build_model(config).momentum_encoder.eval(),
-                **{method: load_encoder(folder, momentum=True)
-                   for method, folder in folders.items()}}
-    rows = {"image": (birds, None)}
-    for name, encoder in encoders.items():
-        normalise = v2.Compose(to_tensor(encoder.mean, encoder.std))
-        images = torch.stack([normalise(bird) for bird in birds])
-        importance = evaluation.importance_of(encoder, images, "product")
-        rows[f"{name},\nimportance"] = birds, importance
-        rows[f"{name},\nkept 30 %"] = birds, location_mask(importance, 0.3)
-    page = sheet(rows)
-    page = page.resize((page.width * 2 // 3, page.height * 2 // 3), Image.Resampling.BOX)
-    page.quantize(48).save(ROOT / "tests" / "pictures" / "masks.png", optimize=True)
+    birds = [crop(data.test[i][0]) for i in example_indices(data.test.targets)[::2]]
+    rows, images = {"image": (birds, None)}, torch.stack([normalise(bird) for bird in birds])
+    for name, folder in folders.items():
+        importance = evaluation.importance_of(load_encoder(folder, True), images, "product")
+        rows[f"kept by\n{name}"] = birds, location_mask(importance, config["keep_ratio"])
+    for name, page in (("method", overview(folders["LoDisc"], data.train)),
+                       ("masks", sheet(rows, tile=180))):
+        page.quantize(128).save(ROOT / "tests" / "pictures" / f"{name}.png", optimize=True)
 
 
 def parse_args(argv=None):

@@ -63,18 +63,27 @@ def test_markdown_rows():
                         "| global | 3 | 0.500 |"]
 
 
-def test_weight_of_the_local_loss():
-    model = experiments.Weighted(VisionTransformer(16, 4, 8, 1, 2), weight=2, hidden_dim=8,
+def test_variants_weight_the_local_loss_or_blur_the_other_patches():
+    model = experiments.Variant(VisionTransformer(16, 4, 8, 1, 2), weight=2, hidden_dim=8,
                                  output_dim=4)
     out = model(*torch.randn(2, 4, 3, 16, 16))
     assert out.total.item() == pytest.approx((out.global_loss + 2 * out.local_loss).item())
+    blurred = experiments.Variant(VisionTransformer(16, 4, 8, 1, 2), blur=True, hidden_dim=8,
+                                  output_dim=4)
+    seen, view, mask = [], torch.randn(2, 3, 16, 16), out.masks[0][:2]
+    blurred.momentum_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    blurred.local_key(view, mask)
+    pixels = experiments.mask_pixels(torch.ones_like(view), mask, 4) > 0
+    assert torch.equal(seen[0][pixels], view[pixels])
+    others = seen[0][~pixels]
+    assert (others != 0).all() and others.var() < 0.3 * view[~pixels].var()
 
 
 def test_method_file_import_is_harmless(monkeypatch):
     """Loading experiments.py as a method file patches nothing and writes nothing."""
     monkeypatch.setitem(sys.modules, "experiments", experiments)  # given back afterwards
     before = {name: id(value) for name, value in vars(train).items()}
-    options, path = experiments.TABLES["variants"]["local loss x 2"], list(sys.path)
+    options, path = experiments.TABLES["variants"]["weight 2"], list(sys.path)
     loaded = experiments.evaluation.load_method(options[1])
     assert issubclass(loaded, train.load_encoder.__globals__["LoDisc"])
     assert {name: id(value) for name, value in vars(train).items()} == before
@@ -133,7 +142,7 @@ def test_table_of_seeds(monkeypatch, capsys):
     small = {**train.RECIPES["birds"], "image_size": 16, "epochs": 2, "batch_size": 20}
     monkeypatch.setitem(train.RECIPES, "birds", small)
     options = ["--workers", "0"]
-    other = [*experiments.TABLES["variants"]["local loss x 2"], *options]
+    other = [*experiments.TABLES["variants"]["weight 2"], *options]
     monkeypatch.setitem(experiments.TABLES, "methods", {"lodisc": options, "double": other})
     monkeypatch.setitem(sys.modules, "experiments", experiments)  # given back afterwards
     real, begun = train.main, []
@@ -149,7 +158,7 @@ def test_table_of_seeds(monkeypatch, capsys):
         assert cells == 5 * [True] + 2 * [False] + [True, False]
     folders = sorted(experiments.RUNS.iterdir())
     assert [folder.name for folder in folders] == [
-        *(f"synthetic-method-Weighted-method-option-weight=2-workers-0-seed-{i}" for i in (0, 1)),
+        *(f"synthetic-method-Variant-method-option-weight=2-workers-0-seed-{i}" for i in (0, 1)),
         "synthetic-workers-0-seed-0", "synthetic-workers-0-seed-1"]
     top1, object_ = ([json.loads((folder / "eval.json").read_text())[part][key]
                       for folder in folders] for part, key in (
@@ -195,9 +204,11 @@ def test_table_of_seeds(monkeypatch, capsys):
     monkeypatch.setitem(experiments.TABLES, "methods", {"lodisc": options, "global": other})
     Path("tests/pictures").mkdir(parents=True)
     experiments.main(["pictures", "--seeds", "0"])
-    picture = Path("tests/pictures/masks.png")
-    assert picture.stat().st_size < 100_000 and len(Image.open(picture).getcolors()) > 5
-    assert not begun and len(list(Path("tests").rglob("*.*"))) == 1
+    pictures = {path.name: path for path in Path("tests").rglob("*.*")}
+    assert sorted(pictures) == ["masks.png", "method.png"] and not begun
+    assert all(path.stat().st_size < 200_000 for path in pictures.values())
+    assert Image.open(pictures["method.png"]).width == 1200
+    assert all(len(Image.open(path).getcolors()) > 20 for path in pictures.values())
 
 
 def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypatch, capsys):
