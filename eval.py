@@ -42,8 +42,8 @@ LOADERS = min(8, max(1, (os.cpu_count() or 2) - 1))  # loading processes
 
 
 class RawPixels(torch.nn.Module):
-    """The baseline without an encoder: the image itself, pooled to 16 x 16 px, as a feature, and
-    in place of a patch's token its own pixels."""
+    """Baseline without an encoder: the pixels pooled to 16 x 16 as features, and the pixels of
+    each patch as its token."""
 
     def __init__(self, patch_size=1):
         super().__init__()
@@ -241,7 +241,7 @@ def build_model(config, fresh=True):
                                          **config["method_options"])
 
 
-def rows_of(config, encoder):
+def compared_encoders(config, encoder):
     """Return {row: encoder} to compare: raw pixels, a run's encoder before training, its own."""
     rows = {"raw pixels": RawPixels(encoder.patch_size)}
     if config:
@@ -260,12 +260,12 @@ def importance_of(encoder, images, importance):
 
 
 def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers=0):
-    """Measure how well the kept patches find the object, on plain images that know where it is.
+    """Measure how well the kept patches localise the object, on centre crops.
 
-    For the object, and for the drawn birds' deciding parts: the mean fraction of a patch's pixels
-    that they cover, in the kept patches over that in all patches: 1 is chance, NAME_most the most
-    that so many patches can have, NAME_fixed the best of one mask for all images. dataset: one with
-    regions(index), see data/birds.py."""
+    For the object, and for the drawn birds' deciding parts: the mean fraction of a kept patch's
+    pixels that they cover, relative to that of all patches. 1 is chance level, NAME_most the most
+    that as few patches can reach, NAME_fixed the best of one mask for all images. dataset: one
+    with regions(index), see data/birds.py."""
     size, patch = encoder.image_size, encoder.patch_size
     loader = DataLoader(Plain(dataset, size, encoder.mean, encoder.std), 256, num_workers=workers)
     kept = torch.cat([location_mask(importance_of(encoder, batch, importance), keep_ratio)
@@ -273,11 +273,11 @@ def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers
     regions = cropped_maps(dataset.regions, range(len(dataset)), size)  # (n, H, W)
     metrics, k = {}, int(kept[0].sum())
     for name, least in (("object", BIRD), ("parts", PART)):
-        share = F.avg_pool2d((regions >= least).float(), patch).flatten(1)  # (n, N)
-        if share.any():
-            for kind, held in (("", share[kept]), ("_most", share.topk(k).values),
-                               ("_fixed", share.mean(0).topk(k).values)):
-                metrics[name + kind] = (held.mean() / share.mean()).item()
+        cover = F.avg_pool2d((regions >= least).float(), patch).flatten(1)  # (n, N)
+        if cover.any():
+            for kind, chosen in (("", cover[kept]), ("_most", cover.topk(k).values),
+                                 ("_fixed", cover.mean(0).topk(k).values)):
+                metrics[name + kind] = (chosen.mean() / cover.mean()).item()
     return metrics
 
 
@@ -286,7 +286,7 @@ def segment_parts(encoders, data, crop, shots=SHOTS, device="cpu", workers=0):
 
     `linear_probe` of patch tokens, on `shots` labelled training images of all classes in turn,
     every tenth held out; means over ten draws of each part's intersection over union, summed over
-    all patches, and of mean_iou, without ground (part 0) and parts that no test patch bears.
+    all patches, and of mean_iou, without ground (part 0) and parts absent from the test patches.
     data: sets with part_map(index), see data/birds.py."""
     parts, patch_size = data.test.parts, next(reversed(encoders.values())).patch_size
     draws = [[i for turn in zip_longest(*shuffled_by_class(data.train.targets, draw)) for i in turn
@@ -299,8 +299,8 @@ def segment_parts(encoders, data, crop, shots=SHOTS, device="cpu", workers=0):
     true = part_labels(data.test, range(len(data.test)), crop[0], patch_size).flatten()  # (n N,)
     held_out = (torch.arange(shots) % 10 == 0).repeat_interleave(labels.shape[1])
     masks, results = F.one_hot(true, len(parts)).bool(), {}  # masks (n N, parts)
-    borne = masks.any(0)  # (parts,)
-    require(bool(borne[1:].any()), "no test patch is mostly of a part; use smaller ones", UserError)
+    present = masks.any(0)  # (parts,)
+    require(bool(present[1:].any()), "no part covers most of a patch; use smaller ones", UserError)
     for name in encoders:
         features, tested, found = train[name][0], (test[name][0].flatten(0, 1), true), []
         for own in draws:
@@ -309,8 +309,8 @@ def segment_parts(encoders, data, crop, shots=SHOTS, device="cpu", workers=0):
             guess = F.one_hot(torch.tensor(probe["per_image"]["predicted"]), len(parts)).bool()
             found.append((masks & guess).sum(0) / (masks | guess).sum(0))
         found = torch.stack(found)  # (DRAWS, parts)
-        means = found[:, 1:][:, borne[1:]].mean(1)
-        each = {part: found[:, i].mean().item() for i, part in enumerate(parts) if borne[i]}
+        means = found[:, 1:][:, present[1:]].mean(1)
+        each = {part: found[:, i].mean().item() for i, part in enumerate(parts) if present[i]}
         results[name] = {"parts": {
             "mean_iou": means.mean().item(), "std": means.std().item(), "shots": shots, **each,
             "draws": means.tolist(), "per_image": {"last_draw": guess.int().argmax(1).tolist()}}}
@@ -365,8 +365,8 @@ def read_data(args, config):
     return data
 
 
-def keep(args, config, rows):
-    """Save a run's rows, below the names of features, data, shots that are not its own."""
+def save_metrics(args, config, rows):
+    """Save a run's rows, below the names of features, data and shots other than its own."""
     names = {"mean": args.features == "mean", "momentum": args.momentum,
              f"{args.shots} shots": args.shots != SHOTS, args.data: args.data != config.get("data"),
              args.checkpoint.stem: args.checkpoint.name not in (args.folder.name, "checkpoint.pt")}
@@ -376,7 +376,7 @@ def keep(args, config, rows):
 
 
 def draw_masks(args, encoder, config, device):
-    """Return a picture of the pivotal patches; for images with regions print how well they fit."""
+    """Return a picture of the pivotal patches; for data with regions print the localisation."""
     if config:  # a run: its momentum encoder, and the patches that its method shows
         model = build_model(config, fresh=False)
         model.load_state_dict(read_weights(args.checkpoint)["model"])
@@ -394,7 +394,7 @@ def draw_masks(args, encoder, config, device):
         if hasattr(test, "regions"):
             found = localisation(encoder, test, importance, keep_ratio, args.workers)
             print("\n".join(f"{name:<16}{value:.2f}" for name, value in found.items()))
-            keep(args, config, {"": {"localisation": found}})
+            save_metrics(args, config, {"": {"localisation": found}})
     images = [v2.Compose(plain_crop(encoder.image_size))(image) for image in images]
     batch = torch.stack([v2.Compose(to_tensor(encoder.mean, encoder.std))(i) for i in images])
     masks = model.masks(batch.to(device))
@@ -409,16 +409,16 @@ def draw_parts(args, encoder, config, device):
             "birds have (--data synthetic, of a run without --held-out)", UserError)
     require(2 <= args.shots <= len(data.train), f"--shots must be in [2, {len(data.train)}], got "
             f"{args.shots}", UserError)
-    rows = segment_parts(rows_of(config, encoder), data, (size, encoder.mean, encoder.std),
-                         args.shots, device, args.workers)
+    rows = segment_parts(compared_encoders(config, encoder), data,
+                         (size, encoder.mean, encoder.std), args.shots, device, args.workers)
     parts, own = data.test.parts, list(rows.values())[-1]["parts"]
     print(table(rows, {"mean IoU": ("parts", "mean_iou"), "± draws": ("parts", "std"),
                        **{part: ("parts", part) for part in (*parts[1:], parts[0])}}))
     for part in [part for part in parts if part not in own]:
         print(f"left out, as on no test patch: {part}")
-    keep(args, config, rows)
-    shown, crop = example_indices(data.test.targets), v2.Compose(plain_crop(size))
-    images = [crop(data.test[i][0]) for i in shown]
+    save_metrics(args, config, rows)
+    shown = example_indices(data.test.targets)
+    images = [v2.Compose(plain_crop(size))(data.test[i][0]) for i in shown]
     true = part_labels(data.test, shown, size, encoder.patch_size)
     predicted = torch.tensor(own["per_image"]["last_draw"]).view(len(data.test), -1)[shown]
     return sheet({"image": (images, None), "true\nparts": (images, true),
@@ -437,7 +437,7 @@ def export(encoder, path):
 
 def main(argv=None):
     args = parse_args(argv)
-    require(args.what == "masks" or not args.images, "image files are for masks alone", UserError)
+    require(args.what == "masks" or not args.images, "image files are only for masks", UserError)
     device = pick_device(args.device)
     encoder = load_encoder(args.checkpoint, args.momentum, args.image_size)
     config = encoder.config if "method" in encoder.config else {}
@@ -462,7 +462,7 @@ def main(argv=None):
                        (encoder.image_size, encoder.mean, encoder.std), args.what, device,
                        args.workers, config.get("seed", 0), args.features)
     print(table(results))
-    keep(args, config, results)
+    save_metrics(args, config, results)
 
 
 def exit_with_line(program, error):

@@ -102,7 +102,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The transformer's two-layer perceptron, four times as wide inside, with the exact GELU."""
+    """Two-layer perceptron of a transformer layer: hidden width 4 D, exact GELU."""
 
     def __init__(self, dim):
         super().__init__()
@@ -158,7 +158,7 @@ def sincos_positions(side: int, dim: int) -> Tensor:
 
 
 def kept_indices(mask: Tensor, k: int) -> Tensor:
-    """Return the k True places of each row: mask (B, N) -> (B, k) int64, ascending.
+    """Return the indices of the k True entries of each row: (B, N) -> int64 (B, k), ascending.
     The caller passes k, as reading mask.sum() back would synchronise with a GPU."""
     return mask.int().argsort(dim=1, descending=True, stable=True)[:, :k]
 
@@ -166,9 +166,9 @@ def kept_indices(mask: Tensor, k: int) -> Tensor:
 class VisionTransformer(nn.Module):
     """ViT encoder; its feature is the class token after the last LayerNorm.
 
-    Parameters have timm's names, so that published weights fit. The initialisation is MoCo v3's:
-    Xavier-uniform weights with q, k and v each as a matrix of its own, zero biases, a class token
-    near zero, fixed sine-cosine positions, and a patch projection frozen at its random values
+    Parameters have timm's names, so that published weights load. The initialisation is MoCo v3's:
+    Xavier-uniform weights (q, k and v as three matrices), zero biases, a class token near zero,
+    fixed sine-cosine positions, and a patch projection frozen at its random values
     (MoCo v3, section 4, against training instability), unless learned_positions and
     train_projection say otherwise."""
 
@@ -208,7 +208,7 @@ class VisionTransformer(nn.Module):
                    (B, h, 1+N); "full", the matrices (B, h, 1+N, 1+N); "mean", the matrices
                    averaged over heads (B, 1, 1+N, 1+N)
         keep       None, or only these patches enter: bool (B, N) with the same number k of True
-                   in every row, or indices int64 (B, k); the lists then have 1+k for 1+N
+                   in every row, or indices int64 (B, k); attention then has 1+k tokens
         Raises ValueError for another image size, an unknown attention, or a ragged keep."""
         x, attentions = self.tokens(images, attention, keep, class_only=True)
         return x[:, 0], attentions  # (B, D)
@@ -270,7 +270,7 @@ def attention_product(attentions: list[Tensor]) -> Tensor:
     attentions: one per layer, rows (B, h, 1+N) or matrices (B, h, 1+N, 1+N); heads are averaged.
     Returns (B, N) float32, the LOG of the product: log A_i = sum over l of log a_l^i. The product
     of twelve weights of about 1/N underflows in half precision, of more layers in float32; its
-    logarithm has the same order. A weight of 0 counts as float32's smallest normal number.
+    logarithm has the same order. Weights are clamped to float32's smallest normal number.
     Raises ValueError if `attentions` is malformed. Source: the paper's overview figure."""
     check_layers(attentions)
     tiny = torch.finfo(torch.float32).tiny
@@ -333,13 +333,13 @@ def least_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
 
 
 def random_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
-    """Ablation: keep patches drawn from the (CPU) generator, whatever their importance."""
+    """Ablation: keep patches drawn from the (CPU) generator, independent of importance."""
     noise = torch.rand(importance.shape, generator=generator)
     return location_mask(noise, keep_ratio).to(importance.device, non_blocking=True)
 
 
 def block_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
-    """Ablation: keep one block of patches at a random place; arguments as for random_mask.
+    """Ablation: keep one block of patches at a random position; arguments as for random_mask.
 
     The k patches nearest to a random point in a stretched maximum norm: a rectangle of up to 3:1,
     more where the border cuts it, trimmed to exactly k. The grid must be square."""
@@ -545,7 +545,7 @@ class LoDisc(nn.Module):
         """Local pivotal region selection -> bool (B, N), num_kept True in each row."""
         function, needs_importance = MASKS[self.mask]
         importance = view.new_zeros(len(view), self.encoder.num_patches)
-        if needs_importance:  # NaN is the training loop's to report, with step and learning rate
+        if needs_importance:  # the training loop reports NaN, with step and learning rate
             importance = IMPORTANCES[self.importance][0](attentions).nan_to_num()  # (B, N)
         return function(importance, self.keep_ratio, generator)
 
@@ -569,7 +569,7 @@ class LoDisc(nn.Module):
 
     @torch.no_grad()
     def masks(self, images):
-        """Return the most important patches of images (n, 3, H, W): bool (n, N), for pictures."""
+        """Return the most important patches of images (n, 3, H, W): bool (n, N), to draw."""
         function, stored = IMPORTANCES[self.importance]
         return location_mask(function(self.momentum_encoder(images, attention=stored)[1]),
                              self.keep_ratio)
@@ -598,7 +598,7 @@ RENAMES = (  # torchvision's names to timm's
 
 
 def read_weights(path):
-    """Read a torch.save file or a run's checkpoint.pt -> dict, executing nothing in it."""
+    """Read a torch.save file or a run's checkpoint.pt -> dict, without executing code."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     require(path.is_file(), f"{path}: no such file; expected a checkpoint or weights", UserError)
     try:  # DINO and DeiT store their options as a Namespace, which runs no code

@@ -29,8 +29,8 @@ from torchvision.transforms import v2
 import data.augment as augment
 from data.datasets import NAMES, data_name, load_data
 from data.draw import example_indices, run_sheet
-from eval import (LOADERS, MAIN_METRICS, build_model, evaluate, exit_with_line, pick_device,
-                  recipe_image_size, rows_of, save_rows, table)
+from eval import (LOADERS, MAIN_METRICS, build_model, compared_encoders, evaluate, exit_with_line,
+                  pick_device, recipe_image_size, save_rows, table)
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
                     METHODS, UserError, load_encoder, momentum_schedule, read_weights, require)
 
@@ -54,7 +54,7 @@ WEIGHTS = {  # name for --init: the publisher's address
     "imagenet": ViT_B_16_Weights.IMAGENET1K_V1.url,  # ViT-B/16, trained with labels
 }
 MOVABLE = ("data", "data_root", "device", "workers", "init")  # settings that --resume may change
-BF16_WIDTH = 192  # on a CPU, bfloat16 pays from this width of the encoder on (README, Speed)
+BF16_WIDTH = 192  # on a CPU, bfloat16 pays from this encoder width on (tests/RESULTS.md)
 NEW_RUN = "runs/<data>-<method>-<n>"
 
 
@@ -80,9 +80,9 @@ def parse_args(argv=None):
     add("held_out", False, bool, "evaluate on a fifth of the training images, held out from them")
     add("method", "lodisc", absolute, f"{', '.join(METHODS)} (MoCo v3: global), or FILE.py:CLASS")
     add("method_option", [], list, "NAME=VALUE for CLASS, repeatable")
-    add("mask", "location", MASKS, "which patches the local branch gets")
-    add("importance", "product", IMPORTANCES, "from the layers' attention", "product")
-    add("local_input", "pixels", LOCAL_INPUTS, "other patches set to zero, or left out", "pixels")
+    add("mask", "location", MASKS, "which patches the local branch sees")
+    add("importance", "product", IMPORTANCES, "of a patch, from all layers' attention", "product")
+    add("local_input", "pixels", LOCAL_INPUTS, "other patches set to zero, or dropped", "pixels")
     add("keep_ratio", 0.3, float, "fraction of patches kept", 0.3)
     add("arch", None, ARCHITECTURES, "encoder", "vit_base")
     add("image_size", None, int, "pixels per side", 224)
@@ -102,7 +102,7 @@ def parse_args(argv=None):
     add("workers", max(2, LOADERS), int, "loading processes; 0: none")
     add("device", "auto", str, "cuda, mps or cpu; auto: the accelerator, if any", "cuda")
     add("amp", "auto", ("auto", "bf16", "fp16", "off"), "auto: bf16 (or fp16) on CUDA, and bf16 on "
-        "CPUs that have it in hardware, but for vit_nano")
+        "CPUs that have it in hardware, except for vit_nano")
     add("compile", False, bool, "torch.compile for the encoders")
     add("out", NEW_RUN, str, "the run's folder, a new one")
     add("resume", "none", str, "continue the run in this folder, with its settings")
@@ -110,7 +110,7 @@ def parse_args(argv=None):
 
 
 def absolute(text):
-    """Return a folder, FILE or FILE.py:CLASS as it is found from anywhere; names stay."""
+    """Make the path of a folder, FILE or FILE.py:CLASS absolute; leave names unchanged."""
     return text if text in ("none", *METHODS, *WEIGHTS) else str(Path(text).resolve())
 
 
@@ -219,7 +219,7 @@ def new_folder(out, config):
 
 
 def save_checkpoint(folder, **contents):
-    """Write beside the old checkpoint, then swap, so that one whole file is always there."""
+    """Replace the checkpoint atomically, so that a complete one always exists; and metrics.csv."""
     path, part, history = folder / "checkpoint.pt", folder / "checkpoint.tmp", contents["history"]
     try:
         torch.save(contents, part)
@@ -232,7 +232,7 @@ def save_checkpoint(folder, **contents):
 
 
 def read_run(folder, given):
-    """Return a run's checkpoint; given settings must be its own, or such that may change."""
+    """Return a run's checkpoint; the given settings must equal its own or be in MOVABLE."""
     checkpoint, given = read_weights(folder), dict(given)
     config = checkpoint.get("config", {})
     require("num_images" in config, f"--resume {folder}: not a run's checkpoint", UserError)
@@ -338,7 +338,7 @@ def shown_masks(model, examples, epoch):
 def train(model, config, data, folder, device, checkpoint=None, rank=0, processes=1):
     """Train the model on the device; return the history, a row per epoch, and the film of masks."""
     model.to(device)
-    if processes > 1 and device.type == "cuda":  # on a CPU BatchNorm sees each process's share
+    if processes > 1 and device.type == "cuda":  # on a CPU each rank has its own statistics
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its BatchNorms, in place
     parallel = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
     optimizer = build_optimizer(model, config)
@@ -350,11 +350,11 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
 
     crop, seed = (config["image_size"], config["mean"], config["std"]), config["seed"]
     views = augment.TwoViews(data.train, *crop, seed, config["crop_min"])
-    # batches have the same images for any number of processes, each of which takes its share
+    # batches have the same images for any number of processes; each rank takes its part
     batches = augment.Batches(len(data.train), config["batch_size"], seed, rank, processes)
     generator = torch.Generator()  # of the random and block masks, seeded at each step
     loader = DataLoader(views, batch_sampler=batches, num_workers=config["workers"],
-                        generator=torch.Generator(),  # so that it leaves torch's own alone
+                        generator=torch.Generator(),  # so that it does not draw from torch's
                         pin_memory=device.type == "cuda", persistent_workers=config["workers"] > 0)
     epochs, steps = config["epochs"], len(batches)
     total, warmup = epochs * steps, round(steps * config["warmup_epochs"])
@@ -367,7 +367,7 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
         for name in parts:
             if checkpoint[name]:  # the scaler's is empty if the run had none
                 parts[name].load_state_dict(checkpoint[name])
-        torch.set_rng_state(checkpoint["random"])  # all draws here have own seeds: for a fork's
+        torch.set_rng_state(checkpoint["random"])  # unused here, for forks
 
     def save():
         if rank == 0:
@@ -398,7 +398,7 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
 def evaluate_run(config, data, folder, device):
     """Evaluate raw pixels and the encoder before and after training alike, and print the table."""
     print("evaluating raw pixels and the encoder before and after training")
-    rows = evaluate(rows_of(config, load_encoder(folder)), data,
+    rows = evaluate(compared_encoders(config, load_encoder(folder)), data,
                     [config[name] for name in ("image_size", "mean", "std")], "all", device,
                     config["workers"], config["seed"])
     print(table(rows))
@@ -434,7 +434,7 @@ def main(argv=None):
         rank, processes = dist.get_rank(), dist.get_world_size()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
-        dist.barrier()  # rank 0 downloads and unpacks before the others look
+        dist.barrier()  # rank 0 downloads and unpacks first
     data = load_data(config["data"], config["data_root"], download, config["held_out"])
     if not checkpoint:
         fill_defaults(config, device, len(data.train))

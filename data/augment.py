@@ -77,12 +77,12 @@ class TwoViews(Dataset):
 class Batches(Sampler):
     """Batches of (epoch, index) pairs of the epoch that the attribute `epoch` says.
 
-    The order is seeded by (seed, epoch); an incomplete last batch is left out. Of each batch a
-    process takes its own share: rank 0 the first part, and so on."""
+    The order is seeded by (seed, epoch); an incomplete last batch is left out. A rank
+    takes its part of each batch, rank 0 the first."""
 
     def __init__(self, length, batch_size, seed, rank=0, processes=1):
         self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 0
-        self.rank, self.share = rank, batch_size // processes
+        self.rank, self.per_rank = rank, batch_size // processes
 
     def __len__(self):
         return self.length // self.batch_size
@@ -91,8 +91,8 @@ class Batches(Sampler):
         generator = torch.Generator().manual_seed(mix_seed(ORDER, self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator).tolist()
         for batch in range(len(self)):
-            start = batch * self.batch_size + self.rank * self.share
-            yield [(self.epoch, index) for index in order[start:start + self.share]]
+            start = batch * self.batch_size + self.rank * self.per_rank
+            yield [(self.epoch, index) for index in order[start:start + self.per_rank]]
 
 
 class Plain(Dataset):

@@ -1,11 +1,11 @@
 """The embedded data set: small birds on cluttered grounds, drawn, not stored.
 
-A picture is a pure function of (seed, split, index). Five families differ in the large, by shape
-and hue; the four species of a family only in small parts: a wing bar, an eye ring, a crown, or
-none of these. Such a part is a light band beside a dark one, which together have the mean colour of
-the plain bird: the sum of a picture's colours does not give the species away. Pose, scale, place,
-lighting and ground are nuisance. As the program draws the birds it knows their true pixels, so that
-a mask can be judged (`Birds.regions`).
+An image is a pure function of (seed, split, index). Five families differ in shape and hue; the four
+species of a family only in small parts: a wing bar, an eye ring, a crown, or none of these. Such a
+part is a light band beside a dark one, which together have the mean colour of the plain bird: the
+sum of an image's colours does not give the species away. Pose, scale, place, lighting and ground
+are nuisance. The program knows which pixels it draws as bird, so a mask can be evaluated
+(`Birds.regions`).
 """
 
 import colorsys
@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data.augment import plain_crop
 
-CANVAS = 64  # pixels a side of a picture
+CANVAS = 64  # pixels per side of an image
 SHARP = 3  # drawn so many times larger, then reduced: smooth edges
 GROUND, BIRD, PART = 0, 1, 2  # values of the region map
 PARTS = ("ground", "body", "head", "wing")  # of the part map; tail and legs are body
@@ -57,7 +57,7 @@ def ellipse(x, y, rx, ry, start=0.0, end=2 * math.pi, points=20):
 
 
 class Easel:
-    """A picture and the map of what is drawn where, drawn together under one pose."""
+    """An image and the map of its parts, drawn together in one pose."""
 
     def __init__(self, size):
         self.image = Image.new("RGB", (size, size))
@@ -84,7 +84,7 @@ class Easel:
 def draw_ground(easel, rng):
     """Greyish sky over greyish land, then many small stones, leaves and twigs of every hue.
 
-    Small and many, so that two crops of a picture are not told from other pictures by their ground.
+    Small and many, so that two crops of an image are not told from other images by their ground.
     """
     size, pen = easel.image.width, easel.brushes[0]
     horizon = rng.uniform(0.2, 0.9) * size
@@ -160,7 +160,7 @@ def draw_bird(easel, family, species, rng):
 
 @lru_cache(maxsize=None)
 def draw(seed, split, index):
-    """One picture, class index % len(CLASSES) -> (RGB image, "L" map of its parts and MARK)."""
+    """Draw one image, class index % len(CLASSES) -> (RGB image, "L" map of its parts and MARK)."""
     rng = random.Random(f"{seed}/{split}/{index}")  # of a string: the same on every platform
     family, species = CLASSES[index % len(CLASSES)].split(", ")
     size = CANVAS * SHARP
@@ -182,8 +182,8 @@ def draw(seed, split, index):
 class Birds(Dataset):
     """(RGB image, class) pairs like torchvision's image folders, plus the true regions and parts.
 
-    split "train" or "test"; seed gives another draw of the same classes. Pictures are drawn when
-    first asked for and kept (12 KB each)."""
+    split "train" or "test"; seed gives another draw of the same classes. Images are drawn on
+    first access and cached (12 KB each)."""
 
     classes, parts = list(CLASSES), PARTS
 
@@ -198,12 +198,12 @@ class Birds(Dataset):
         return draw(self.seed, self.split, index)[0], self.targets[index]
 
     def regions(self, index):
-        """Region map of a picture: an "L" image of GROUND, BIRD and PART."""
+        """Return the region map of an image: an "L" image of GROUND, BIRD and PART."""
         drawn = draw(self.seed, self.split, index)[1]
         return drawn.point([PART if v > MARK else BIRD if v else GROUND for v in range(256)])
 
     def part_map(self, index):
-        """Part map of a picture: an "L" image of indices in PARTS."""
+        """Return the part map of an image: an "L" image of indices in PARTS."""
         return draw(self.seed, self.split, index)[1].point([v % MARK for v in range(256)])
 
 

@@ -1,4 +1,4 @@
-"""Pictures drawn with Pillow: pure functions from arrays and images to an image."""
+"""Draw with Pillow: pure functions from arrays and images to an image."""
 
 import math
 
@@ -21,13 +21,13 @@ WIDTH, HEIGHT, FRAME = 1200, 340, 133  # of a run's picture, its upper half, a t
 
 
 def example_indices(targets):
-    """Return which images the pictures show, of all classes."""
+    """Return the indices of the images that pictures show, spread over the classes."""
     by_class = sorted(range(len(targets)), key=targets.__getitem__)
     return [by_class[i * len(targets) // SHOWN] for i in range(SHOWN)]
 
 
 def square(values):
-    """Values of all patches, row by row (N,), to (side, side)."""
+    """Reshape values of all patches, row by row (N,), to (side, side)."""
     values = np.asarray(values)
     return values.reshape(math.isqrt(len(values)), -1)
 
@@ -56,8 +56,8 @@ def part_colours(parts, image):
 
 
 def sheet(rows, names=(), tile=TILE):
-    """{name: (images, values)}: a labelled row each. values: None, or of all patches (n, N) their
-    importance, bool masks or int64 parts, whose names the legend tells."""
+    """Return {name: (images, values)} as labelled rows. values (n, N): None, the importance of
+    patches, bool masks, or int64 parts, whose names are in the legend."""
     step, columns = tile + GAP, max(len(images) for images, _ in rows.values())
     height = step * len(rows) + GAP
     page = Image.new("RGB", (MARGIN + step * columns, height + 24 * bool(names)), "white")
@@ -75,7 +75,7 @@ def sheet(rows, names=(), tile=TILE):
 
 
 def mask_sheet(images, importance, masks):
-    """Rows of the images, their importance (n, N) and, unless None, their kept patches (n, N)."""
+    """Return rows of images, their importance (n, N) and, unless None, their masks (n, N)."""
     rows = {"image": (images, None), "importance": (images, importance)}
     if masks is not None:
         counts = masks.sum(1)
@@ -85,7 +85,7 @@ def mask_sheet(images, importance, masks):
 
 
 def colours_of(names):
-    """{name: colour}: known names have their own, others take those that are left."""
+    """Return {name: colour}: known names have their own, others take what remains."""
     spare = [colour for colour in (BLUE, ORANGE, GREEN, PINK, GREY)
              if colour not in [COLOURS.get(name) for name in names]]
     return {name: COLOURS.get(name) or spare[i % len(spare)] for i, name in enumerate(
@@ -93,13 +93,13 @@ def colours_of(names):
 
 
 def legend(pen, box, colours, font):
-    """The names in their colours, in a line above box."""
+    """Draw the names in their colours, in a line above box."""
     for i, (name, colour) in enumerate(colours.items()):
         pen.text((box[0] + 12 + 130 * i, box[1] - 12), name, colour, font, anchor="ls")
 
 
 def curves(pen, box, lines, levels, label, font):
-    """lines {name: [(epoch, value)]} into box; levels {name: value}: dashed, labelled once each."""
+    """Draw lines {name: [(epoch, value)]} in box, and levels {name: value} dashed."""
     left, top, right, bottom = box
     values = [value for line in lines.values() for _, value in line] + list(levels.values())
     low, high = min(values), max(values)
@@ -130,7 +130,7 @@ def curves(pen, box, lines, levels, label, font):
 
 
 def bars(pen, box, rows, font):
-    """rows {name in COLOURS: {metric: value in [0, 1]}} as groups of bars into box."""
+    """Draw rows {name in COLOURS: {metric: value in [0, 1]}} as groups of bars in box."""
     left, top, right, bottom = box
     names = list(next(iter(rows.values())))
     group = (right - left) / len(names)
@@ -149,7 +149,7 @@ def bars(pen, box, rows, font):
 
 
 def run_sheet(history, levels, metrics, images, film):
-    """A run at a glance, 1,200 px wide: losses, metrics before and after, masks over time.
+    """Draw a run: losses, metrics before and after, masks over time; 1,200 px wide.
 
     history  a row per epoch, as in metrics.csv; its losses are drawn, or else the total
     levels   {loss: chance level}, dashed

@@ -5,9 +5,8 @@
     python tests/experiments.py recipe cars98 --init WEIGHTS    # any data that train.py takes
     python tests/experiments.py pictures                        # tests/pictures
 
-Runs go into runs/experiments, a folder each; one that was killed resumes: call again. A finished
-run is a line of tests/results/<data>.jsonl, with its metrics and their values per query, and is not
-run again: a table has all of its seeds that are there, so that it prints without data or weights.
+Each run has a folder in runs/experiments; the same command resumes a killed one. A finished run is
+a line of tests/results/<data>.jsonl and is not run again: a table has all seeds stored there.
 Metrics are of the last epoch; ± is the standard deviation over seeds, differences are paired by
 seed, with their 95 % interval. The tables in HELD_OUT train and evaluate with --held-out.
 """
@@ -145,7 +144,7 @@ def run(data, options, seed, root=None, init=None, mean=False):
         config, encoder = read_weights(folder)["config"], load_encoder(folder)
         found = train.load_data(config["data"], config["data_root"], held_out=held_out)
         rows = evaluation.evaluate(
-            evaluation.rows_of(config, encoder), found, (encoder.image_size, encoder.mean,
+            evaluation.compared_encoders(config, encoder), found, (encoder.image_size, encoder.mean,
             encoder.std), "all", train.pick_device(config["device"]), kind="mean")
         evaluation.save_rows(folder, rows, "mean")
     return folder
@@ -249,8 +248,10 @@ def markdown(rows, columns):
         lines.append(f"| {row} | {' '.join(map(str, sorted(seeds)))} | {cells} |")
 
     for row, cells in values.items():
-        line(row, (before | rows)[row], {name: spread(list(found.values()))
-                                         for name, found in cells.items()})
+        cells = {name: list(found.values()) for name, found in cells.items()}
+        if row in ("raw pixels", "pixels"):  # the spread would be the probe's alone
+            cells = {name: [statistics.mean(found)] for name, found in cells.items()}
+        line(row, (before | rows)[row], {name: spread(found) for name, found in cells.items()})
     for row in others:
         both = [seed for seed in rows[row] if seed in first]
         if len(both) > 1:

@@ -345,7 +345,7 @@ def test_mistakes_are_one_line_that_says_what(flowers, options, says):
 
 def test_image_files_are_for_masks_alone(flowers):
     train.main(["--data", str(flowers / "train"), *SMALL, "--out", "run"])
-    with pytest.raises(UserError, match="image files are for masks alone"):
+    with pytest.raises(UserError, match="image files are only for masks"):
         evaluation.main(["linear", "run", "a.jpg"])
 
 
