@@ -3,8 +3,8 @@
     python tests/assignment.py OUT
     cd OUT && python -m pytest        # prints which exercises pass, and the points
 
-OUT is a new folder, generated from the real module: the functions are found by name, and the
-graders compare with the outputs of the real functions.
+OUT must not exist yet. The functions are found by name in lodisc.py, and the graders compare with
+the outputs of its functions.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# exercise: (points, functions of lodisc.py), in the order in which one would solve them
+# exercise: (points, functions of lodisc.py), in the suggested order
 EXERCISES = {
     "attention": (15, ["attention_weights", "Attention.forward"]),
     "positions": (10, ["sincos_positions"]),
@@ -104,8 +104,8 @@ def load(path, name="lodisc"):
     return module
 
 
-def expected_numbers(lodisc):
-    """Compute what the graders compare with: {exercise: arguments and results}."""
+def reference_values(lodisc):
+    """Compute the graders' reference values: {exercise: arguments and results}."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -152,7 +152,7 @@ def main(argv=None):
     out.mkdir(parents=True)
     source = (ROOT / "lodisc.py").read_text()
     (out / "lodisc.py").write_text(without_bodies(source))
-    torch.save(expected_numbers(load(ROOT / "lodisc.py", "solved")), out / "expected.pt")
+    torch.save(reference_values(load(ROOT / "lodisc.py", "solved")), out / "expected.pt")
     shutil.copy(ROOT / "tests" / "exercises.py", out / "test_exercises.py")
     shutil.copy(ROOT / "requirements.txt", out)
     points = {exercise: points for exercise, (points, _) in EXERCISES.items()}

@@ -1,10 +1,10 @@
-"""CVSA and PARTICLE beside LoDisc, as method files: the same encoder, heads, loop and metrics.
+"""CVSA and PARTICLE as method files, with LoDisc's encoder, heads, training loop and metrics.
 
     python train.py --method tests/baselines.py:CVSA
     python train.py --method tests/baselines.py:PARTICLE --method-option parts=5
 
-We had neither full text nor code of the two papers: they are written from the abstracts. Each class
-lists its departures; what else differs is unknown. Shapes as in lodisc.py; K parts, P rows.
+We had neither full text nor code of the two papers and wrote both methods from the abstracts. Each
+class lists its known departures; there may be others. Shapes as in lodisc.py; K parts, P rows.
 """
 
 import math
@@ -35,11 +35,11 @@ def swap_background(views: Tensor, masks: Tensor, patch_size: int) -> Tensor:
 
 
 def alignment_loss(row: Tensor, masks: Tensor) -> Tensor:
-    """-log of the fraction of attention on the pasted patches, the mean over images -> scalar.
+    """Return -log of the fraction of attention on the pasted patches, mean over images: a scalar.
 
     row (B, h, 1+N), the class token's attention in one layer: heads averaged, patches
     renormalised, float32; masks bool (B, N), the pasted patches. The fraction is clamped to
-    [1e-6, 1]: 0 if all attention is on them."""
+    [1e-6, 1]; the loss is 0 if all attention is on them."""
     patches = class_row(row)  # (B, N)
     fraction = (patches * masks).sum(1) / patches.sum(1)  # (B,)
     return -fraction.clamp(1e-6, 1).log().mean()
@@ -63,8 +63,8 @@ class CVSA(LoDisc):
         L     = ctr(q(x~1), k(x2)) + ctr(q(x~2), k(x1)) + weight * (align(x~1) + align(x~2)) / 2
         align = -log(class token's attention of the online encoder's last layer, within m_i)
 
-    weight  of the alignment loss; the other arguments as LoDisc's
-    Passes of the encoder: two online, two momentum. Departures from the paper:
+    weight  of the alignment loss; the other arguments as for LoDisc
+    Encoder passes: two online, two momentum. Departures from the paper:
     - saliency is the momentum encoder's attention, as we have no saliency detector
     - salient patches, not a salient region, are pasted in their own place, without resizing
     - the alignment loss's form and weight are ours; the abstract gives neither"""
@@ -93,7 +93,7 @@ class CVSA(LoDisc):
         return self.predictor(self.projector(features)), alignment_loss(attentions[-1], masks)
 
     def chance_levels(self, batch):
-        """As `LoDisc.chance_levels`; the alignment loss's: attention equal on all patches."""
+        """As `LoDisc.chance_levels`; for the alignment loss, of uniform attention over patches."""
         return {"contrast_loss": super().chance_levels(batch)["global_loss"],
                 "alignment_loss": math.log(self.encoder.num_patches / self.num_kept)}
 
@@ -102,16 +102,16 @@ class CVSA(LoDisc):
 
 
 def one_hot(assignment: Tensor, parts: int, dtype) -> Tensor:
-    """Part indices (B, N) -> (B, N, K)."""
+    """Encode part indices: int64 (B, N) -> (B, N, K)."""
     return F.one_hot(assignment, parts).to(dtype)
 
 
 def cluster(points: Tensor, first: Tensor, parts: int, iterations: int = 5) -> Tensor:
-    """k-means by cosine, every image of the batch on its own, without random draws.
+    """Cluster the points of each image by k-means with cosine similarity, without random draws.
 
-    points (B, M, D); first int64 (B,), the point that is the first centre; each next centre is the
-    point with the smallest maximum cosine to the centres so far. Ties go to the lowest index. An
-    empty cluster keeps its centre. Float32 or wider under any autocast -> assignment (B, M)."""
+    points (B, M, D); first int64 (B,), the index of the first centre; each next centre is the point
+    with the smallest maximum cosine to the centres so far. Ties go to the lowest index. An empty
+    cluster keeps its centre. Float32 or wider under any autocast -> assignment (B, M)."""
     with torch.autocast(points.device.type, enabled=False):
         points = F.normalize(at_least_float32(points), dim=2)
         images = torch.arange(len(points), device=points.device)
@@ -159,13 +159,13 @@ class PARTICLE(LoDisc):
         L  = ctr(q1, k2) + ctr(q2, k1), a row for every part that both views have; all other
              rows, of the same image and of others, are negatives
 
-    parts  K; the other arguments as LoDisc's (a mask is not used, --compile has no effect)
-    Passes of the encoder, of all tokens: two online, two momentum. Departures from the paper:
-    - parts are clustered at every step as the momentum encoder moves, not in rounds that alternate
-      with training; both views at once, so that a part of one is the same part of the other
+    parts  K; the other arguments as for LoDisc (a mask is not used, --compile has no effect)
+    Encoder passes, over all tokens: two online, two momentum. Departures from the paper:
+    - clustering is repeated at every step, with the current momentum encoder, not in rounds that
+      alternate with training; both views are clustered jointly, so that their parts correspond
     - the first centre is the most important patch of view 1, so that no random draw is needed
-    - a ViT's patch tokens stand for a convolutional network's pixel representations
-    - with several processes the negatives are each process's own, as the numbers of rows differ"""
+    - a ViT's patch tokens replace a convolutional network's pixel representations
+    - negatives are not gathered across ranks, as the numbers of rows differ"""
 
     def __init__(self, encoder, parts=5, **options):
         super().__init__(encoder, **options)
@@ -189,15 +189,15 @@ class PARTICLE(LoDisc):
         return PARTICLEOutput(loss, loss, both.float().mean())
 
     def momentum_tokens(self, view):
-        """Patch tokens (B, N, D) of the momentum encoder and their importance (B, N)."""
+        """Return the momentum encoder's patch tokens (B, N, D) and their importance (B, N)."""
         function, stored = IMPORTANCES[self.importance]
         tokens, attentions = self.momentum_encoder.tokens(view, attention=stored)
         return tokens[:, 1:], function(attentions)
 
     def part_loss(self, rows, targets):
-        """Contrast online rows (P, D) with momentum rows (P, D); 0, with a graph, for P < 2."""
+        """Contrast online rows with momentum rows, (P, D); 0, still in the graph, for P < 2."""
         counted = float(len(rows) > 1)
-        if not counted:  # every process runs the same layers, for DDP and SyncBatchNorm
+        if not counted:  # all ranks must run the same layers, for DDP and SyncBatchNorm
             rows, targets = (torch.cat([x, x.new_zeros(2, x.shape[1])]) for x in (rows, targets))
         with torch.no_grad():
             keys = self.momentum_projector(targets)
@@ -206,7 +206,7 @@ class PARTICLE(LoDisc):
 
     @torch.no_grad()
     def masks(self, images):
-        """Return the part with the greatest mean importance: bool (n, N), for pictures."""
+        """Return the part with the greatest mean importance: bool (n, N), to draw."""
         tokens, importance = self.momentum_tokens(images)
         assignment = cluster(tokens, importance.argmax(1), self.parts)  # (n, N)
         means, present = part_means(importance[:, :, None], assignment, self.parts)  # (n, K, 1)
@@ -214,6 +214,6 @@ class PARTICLE(LoDisc):
         return assignment == most[:, None]
 
     def chance_levels(self, batch):
-        """Return the loss of equal rows, if both views have all parts of all images."""
+        """Return the loss of equal features if all parts occur in both views of all images."""
         own = batch // (dist.get_world_size() if dist.is_initialized() else 1)
         return {"part_loss": 2 * 2 * self.temperature * math.log(own * self.parts)}

@@ -1,11 +1,11 @@
-"""Time a training step of all methods, and its parts, and compare it with its limit.
+"""Time a training step of every method and its parts, and compare it with its limit.
 
     python tests/benchmark.py
     python tests/benchmark.py --arch vit_base --image-size 224 --patch-size 16 --batch-size 8
     python tests/benchmark.py --rounds 30 --device cuda --compile --local-input tokens
 
 Options are those of train.py, and --rounds, the number of measurements. The measurements alternate,
-so that timing drift falls on all alike; all values are medians. Nothing is written.
+so that timing drift affects all methods equally; all values are medians. No file is written.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train  # before torch: it sets how idle threads wait
+import train  # before torch, as it sets OMP_WAIT_POLICY
 
 import torch
 from torch.utils.data import DataLoader
@@ -33,15 +33,15 @@ from lodisc import METHODS, UserError, attention_product, kept_indices, location
 
 BASELINES = f"{Path(__file__).resolve().parent}/baselines.py"
 PARTS = {"query": "online forward", "global_key": "momentum", "pivotal_mask": "mask",
-         "local_key": "local", "contrast": "loss"}  # methods of LoDisc, in the figure's words
+         "local_key": "local", "contrast": "loss"}  # method of LoDisc: name in the report
 
 
-# --- arithmetic: floating point operations; a multiplication and an addition are two -----------
+# --- FLOPs: a multiplication and an addition are two ------------------------------------------
 
 
 def encoder_flops(encoder, tokens=None, attention=None):
-    """Return those of one image's forward pass: (patch projection, all else). tokens: patches that
-    enter, all by default; attention: as in the encoder's forward."""
+    """Return the FLOPs of one image's forward pass: (patch projection, all else). tokens: number of
+    patches that enter, default all; attention: as in the encoder's forward."""
     dim, n = encoder.dim, 1 + (tokens or encoder.num_patches)
     projection = 2 * encoder.num_patches * 3 * encoder.patch_size**2 * dim
     weights = {None: 0, "row": n, "full": n * n, "mean": n * n}[attention]
@@ -57,8 +57,8 @@ def head_flops(head):
 
 
 def step_flops(model, batch):
-    """Return those of a training step without the optimiser and the importance; a backward pass
-    counts as two forward passes. Only the passes that the method needs."""
+    """Return the FLOPs of the passes that a training step needs, without optimiser and importance;
+    a backward pass counts as two forward passes."""
     encoder, projector = model.encoder, head_flops(model.projector)
     projection, rest = encoder_flops(encoder)
     trains = encoder.patch_embed.proj.weight.requires_grad  # its weights; images get no gradient
@@ -69,11 +69,11 @@ def step_flops(model, batch):
         passes += sum(encoder_flops(
             encoder, model.num_kept if model.local_input == "tokens" else None))
     branches = (model.method != "local") + (model.method != "global")
-    logits = 2 * 2 * batch * model.predictor[-1].num_features  # backward to the query alone
+    logits = 2 * 2 * batch * model.predictor[-1].num_features  # backward to the query only
     return 2 * batch * (passes + branches * (projector + logits))
 
 
-# --- clock ------------------------------------------------------------------------------------
+# --- timing -----------------------------------------------------------------------------------
 
 
 def timed(function, *args):
@@ -96,7 +96,7 @@ def peak_memory(device):
 
 
 class Trainer:
-    """train.py's train_step, with the same two views at every step."""
+    """Run train.py's train_step with the same two views at every step."""
 
     def __init__(self, settings, device, precision):
         self.model = train.build_model(settings).to(device).train()
@@ -113,7 +113,7 @@ class Trainer:
                          self.views, torch.Generator().manual_seed(0), 0.5, 0.99)
 
     def count_passes(self):
-        """Return a step's encoder passes over one view: (online, momentum)."""
+        """Return the number of encoder passes in a step, each over one view: (online, momentum)."""
         encoders = self.model.encoder, self.model.momentum_encoder
         with torch.compiler.set_stance("force_eager"), ExitStack() as stack:
             calls = [stack.enter_context(patch.object(encoder, "tokens", wraps=encoder.tokens))
@@ -144,7 +144,7 @@ class Trainer:
         view, encoder, seconds = self.views[0], self.model.momentum_encoder, defaultdict(float)
         stored = self.model.stored or "row"
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-            for attention in (None, stored, stored, None):  # drift falls on both alike
+            for attention in (None, stored, stored, None):  # drift affects both equally
                 name = "storing" if attention else "forward"
                 seconds[name] += timed(encoder, view, attention)[0] / 2
             seconds["local"] = timed(encoder, view, None, keep)[0]
@@ -156,14 +156,14 @@ class Trainer:
 
 
 def matrix_product(device, dtype):
-    """Return a function that multiplies two large matrices, and its operations."""
+    """Return a function that multiplies two large matrices, and its FLOPs."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     return lambda: a @ b, 2 * n**3
 
 
 def input_rate(settings, dataset):
-    """Return the images/s of the input pipeline alone."""
+    """Return the throughput of the input pipeline alone, in images/s."""
     crop = settings["image_size"], settings["mean"], settings["std"]
     views = TwoViews(dataset, *crop, settings["seed"], settings["crop_min"])
     first, count = 2 * settings["workers"] + 2, 4 * settings["workers"] + 8  # batches
@@ -173,9 +173,9 @@ def input_rate(settings, dataset):
         order.epoch += 1
     batches = batches[:first + count]
     if settings["data"] == "synthetic":
-        [dataset[i] for batch in batches for _, i in batch]  # drawn before, as in later epochs
+        [dataset[i] for batch in batches for _, i in batch]  # fills the cache, as in later epochs
     loader = iter(DataLoader(views, batch_sampler=batches, num_workers=settings["workers"]))
-    [next(loader) for _ in range(first)]  # those that were prefetched
+    [next(loader) for _ in range(first)]  # skip the prefetched batches
     seconds, _ = timed(lambda: [next(loader) for _ in range(count)])
     return count * settings["batch_size"] / seconds
 
@@ -216,7 +216,7 @@ def main(argv=None):
         trainer = Trainer({**settings, "method": name}, device, precision)
         trainer.step(), trainer.step()
         methods[name.split(":")[-1]] = trainer
-        if name == "lodisc":  # the first
+        if name == "lodisc":  # before the other models
             memory, lodisc, model = peak_memory(device), trainer, trainer.model
     counts = {name: trainer.count_passes() for name, trainer in methods.items()}
     product, product_flops = matrix_product(device, precision or torch.float32)
@@ -224,7 +224,7 @@ def main(argv=None):
     keep = location_mask(torch.rand(batch, n, device=device), ratio)
     keep = kept_indices(keep, model.num_kept) if model.local_input == "tokens" else None
     attention = torch.rand(len(blocks), 256, blocks[0].attn.heads, 1 + n, device=device).unbind()
-    lodisc.split(), lodisc.passes(keep), product()  # warm
+    lodisc.split(), lodisc.passes(keep), product()  # warm up
 
     rounds, splits, passes = [], [], []
     for _ in range(args.rounds):

@@ -1,16 +1,16 @@
-"""Shared by all tests: a seed, hypothesis without deadlines, a small folder of images."""
+"""Shared fixtures: a fixed seed, hypothesis without deadlines, small data sets."""
 
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses too; tiny tensors gain nothing
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses too; the tensors are tiny
 
 import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
 
-import train  # before eval, as it sets how threads wait
+import train  # before eval, as it sets OMP_WAIT_POLICY
 import eval as evaluation
 from data.birds import Birds
 from data.datasets import Data
@@ -27,13 +27,13 @@ def seeded():
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """Runs go into tests' own folders."""
+    """Run the test in its temporary folder."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def few_birds(monkeypatch):
-    """`synthetic` in small, for train.py and eval.py."""
+    """Reduce `synthetic` to 200 + 60 images, for train.py and eval.py."""
     data = Data(Birds("train", 200), Birds("test", 60))
     for script in (train, evaluation):
         monkeypatch.setattr(script, "load_data", lambda *args, **options: data)
@@ -49,7 +49,7 @@ def same(a, b):
 
 @pytest.fixture
 def flowers(tmp_path):
-    """A real ImageFolder in small: train/ and test/, three classes of differing hue, as JPEGs."""
+    """Write a small ImageFolder of JPEGs: train/ and test/, three classes that differ in hue."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 12), ("test", 4)):
         for label, colour in enumerate([(200, 40, 40), (40, 200, 40), (40, 40, 200)]):

@@ -18,7 +18,7 @@ def close(result, expected, hint, tolerance=1e-5):
     assert bool(((result - expected).abs() <= tolerance * (1 + expected.abs())).all()), hint
 
 
-def refuses(hint, function, *arguments):
+def raises(hint, function, *arguments):
     try:
         function(*arguments)
     except ValueError:
@@ -29,7 +29,7 @@ def refuses(hint, function, *arguments):
 # --- attention ----------------------------------------------------------------------------------
 
 
-def of_q_and_k():
+def weights_and_expected():
     known = EXPECTED["attention"]
     return lodisc.attention_weights(known["q"], known["k"]), known["of q and k"]
 
@@ -40,15 +40,15 @@ def attention_layer():
     return layer.eval(), known
 
 
-def test_attention_of_a_query_sums_to_one():
-    weights, expected = of_q_and_k()
+def test_attention_sums_to_one_over_keys():
+    weights, expected = weights_and_expected()
     assert weights.shape == expected.shape, f"expected the shape {tuple(expected.shape)}"
     assert torch.allclose(weights.sum(-1), torch.ones(2, 3, 4)), \
         "the weights of each query sum to 1 over the keys: along which axis is the softmax?"
 
 
 def test_attention_is_scaled():
-    weights, expected = of_q_and_k()
+    weights, expected = weights_and_expected()
     close(weights, expected, "the weights sum to 1 but are wrong: which power of d scales q k^T?")
 
 
@@ -72,10 +72,10 @@ def test_attention_features():
 
 
 @torch.no_grad()
-def test_attention_weights_returned():
+def test_attention_returns_requested_weights():
     layer, known = attention_layer()
     assert layer(known["x"])[1] is None, "attention=None: no weights are computed or returned"
-    close(layer(known["x"], "full")[1], known["full"], "these are not the weights of the features")
+    close(layer(known["x"], "full")[1], known["full"], "not the weights used for the features")
     for class_only in (False, True):
         close(layer(known["x"], "row", class_only)[1], known["row"],
               "the row has the class token (the first token) as the query and all tokens as keys")
@@ -108,7 +108,7 @@ def test_positions_have_the_right_frequencies():
 
 
 def test_positions_need_a_width_divisible_by_four():
-    refuses("a width of 6 does not divide into four parts", lodisc.sincos_positions, 3, 6)
+    raises("a width of 6 does not divide into four parts", lodisc.sincos_positions, 3, 6)
 
 
 # --- product ------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_product_has_one_value_per_patch():
         "the class token's attention to itself is left out"
 
 
-def test_product_of_rows_and_of_matrices():
+def test_product_accepts_rows_and_matrices():
     known = EXPECTED["product"]
     close(lodisc.attention_product(known["rows"]), known["of rows"],
           "average over heads, multiply over layers, and return the logarithm")
@@ -128,7 +128,7 @@ def test_product_of_rows_and_of_matrices():
 
 
 def test_product_does_not_underflow():
-    refuses("an empty list has no layers", lodisc.attention_product, [])
+    raises("an empty list has no layers", lodisc.attention_product, [])
     row = torch.tensor([[[0.5, 1e-6, 2e-6, 0.0]]])
     importance = lodisc.attention_product([row] * 24)
     assert bool(importance.isfinite().all()), \
@@ -151,9 +151,9 @@ def test_rollout_of_one_layer():
           "half of each layer is the identity, for the residual connection")
 
 
-def test_rollout():
+def test_rollout_averages_heads_and_orders_layers():
     known = EXPECTED["rollout"]
-    refuses("rows are not enough", lodisc.attention_rollout, EXPECTED["product"]["rows"])
+    raises("rollout needs matrices", lodisc.attention_rollout, EXPECTED["product"]["rows"])
     close(lodisc.attention_rollout(known["matrices"]), known["result"],
           "average the heads; matrices do not commute: the last layer is the leftmost factor")
 
@@ -176,7 +176,7 @@ def test_mask_keeps_the_most_important():
         "True marks the kept patches, the most important of each image"
 
 
-def test_mask_with_ties():
+def test_mask_breaks_ties_by_lower_index():
     mask = lodisc.location_mask(torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0] * 20]), 0.4)
     assert mask.sum() == 40, "equal importances must not make the mask larger or smaller"
     assert mask[0].nonzero().flatten().tolist() == [
@@ -184,8 +184,8 @@ def test_mask_with_ties():
         "ties go to the lower index on every device: which sort guarantees that?"
 
 
-def test_mask_of_nan():
-    refuses("NaN has no order", lodisc.location_mask, torch.tensor([[1.0, float("nan")]]), 0.5)
+def test_mask_raises_for_nan():
+    raises("NaN has no order", lodisc.location_mask, torch.tensor([[1.0, float("nan")]]), 0.5)
 
 
 # --- momentum update ----------------------------------------------------------------------------
@@ -222,29 +222,29 @@ def test_update_keeps_equal_weights_equal():
     lodisc.momentum_update(online, momentum, 0.99)
     assert torch.equal(online.weight, momentum.weight), \
         "equal weights must stay equal to the last bit: which torch operation guarantees that?"
-    refuses("shapes differ", lodisc.momentum_update, nn.Linear(3, 4), nn.Linear(4, 3), 0.99)
+    raises("shapes differ", lodisc.momentum_update, nn.Linear(3, 4), nn.Linear(4, 3), 0.99)
 
 
-def test_update_at_the_ends():
+def test_update_with_m_of_zero_and_one():
     for m, value in ((1.0, 5.0), (0.0, 1.0)):
         online, momentum = two_modules()
         lodisc.momentum_update(online, momentum, m)
         assert (momentum.weight == value).all(), f"m = {m} must give {value}"
     for m in (-0.1, 1.1):
-        refuses(f"m = {m} is outside [0, 1]", lodisc.momentum_update, *two_modules(), m)
+        raises(f"m = {m} is outside [0, 1]", lodisc.momentum_update, *two_modules(), m)
 
 
 # --- schedule -----------------------------------------------------------------------------------
 
 
-def test_schedule_ends():
-    assert lodisc.momentum_schedule(0, 8, 0.9) == pytest.approx(0.9), "step 0 is the base"
-    assert lodisc.momentum_schedule(8, 8, 0.9) == pytest.approx(1.0), "the last step is 1"
+def test_schedule_starts_at_base_and_ends_at_one():
+    assert lodisc.momentum_schedule(0, 8, 0.9) == pytest.approx(0.9), "step 0 gives the base"
+    assert lodisc.momentum_schedule(8, 8, 0.9) == pytest.approx(1.0), "the last step gives 1"
     for arguments in ((9, 8, 0.9), (-1, 8, 0.9), (0, 0, 0.9), (0, 8, 1.1)):
-        refuses(f"step, total, base = {arguments}", lodisc.momentum_schedule, *arguments)
+        raises(f"step, total, base = {arguments}", lodisc.momentum_schedule, *arguments)
 
 
-def test_schedule_between():
+def test_schedule_is_half_a_cosine_period():
     values = [lodisc.momentum_schedule(step, 8, 0.9) for step in range(9)]
     assert values == sorted(values), "the momentum never decreases"
     assert values == pytest.approx(EXPECTED["schedule"], abs=1e-9), "half a cosine period"
@@ -266,7 +266,7 @@ def test_loss_is_scale_invariant():
     assert one == pytest.approx(other, abs=1e-5), "features are normalised first"
 
 
-def test_loss_stops_the_gradient():
+def test_loss_has_no_gradient_for_keys():
     queries = EXPECTED["loss"]["queries"].clone().requires_grad_()
     keys = EXPECTED["loss"]["keys"].clone().requires_grad_()
     lodisc.contrastive_loss(queries, keys, 0.2).backward()
@@ -283,14 +283,14 @@ def test_loss_is_float32_under_autocast():
         "some step is computed in half precision"
 
 
-def test_loss_raises_for_shapes_that_do_not_match():
+def test_loss_raises_for_invalid_arguments():
     for queries, keys, temperature, offset in (((4, 8), (4, 7), 0.2, 0), ((4, 8), (3, 8), 0.2, 0),
                                                ((4, 8), (6, 8), 0.2, 3), ((4, 8), (4, 8), 0, 0)):
-        refuses("check the shapes, the offset and the temperature", lodisc.contrastive_loss,
-                torch.ones(queries), torch.ones(keys), temperature, offset)
+        raises("check the shapes, the offset and the temperature", lodisc.contrastive_loss,
+               torch.ones(queries), torch.ones(keys), temperature, offset)
 
 
-def test_loss_numbers():
+def test_loss_matches_reference():
     known = EXPECTED["loss"]
     for (temperature, offset), expected in zip(((0.2, 0), (0.5, 0), (0.2, 2)), known["result"],
                                                strict=True):
@@ -301,10 +301,10 @@ def test_loss_numbers():
             "loss once; the softmax of each query is over all keys")
 
 
-# --- the figure ---------------------------------------------------------------------------------
+# --- branches -----------------------------------------------------------------------------------
 
 
-def figure(method="lodisc"):
+def model_and_expected(method="lodisc"):
     known = EXPECTED["branches"]
     model = lodisc.LoDisc(lodisc.VisionTransformer(32, 8, 24, 2, 3), method, hidden_dim=32,
                           output_dim=16)
@@ -314,7 +314,7 @@ def figure(method="lodisc"):
 
 def test_branches_sum_to_the_total():
     for method in ("lodisc", "global", "local"):
-        model, views, _ = figure(method)
+        model, views, _ = model_and_expected(method)
         out = model(*views)
         assert out.total.item() == pytest.approx((out.global_loss + out.local_loss).item()), \
             "the total is the sum of both losses"
@@ -325,7 +325,7 @@ def test_branches_sum_to_the_total():
 
 def test_branches_contrast_with_the_other_view():
     for method in ("lodisc", "global", "local"):
-        model, views, expected = figure(method)
+        model, views, expected = model_and_expected(method)
         for name, loss, known in zip(("total", "global", "local"), model(*views), expected):
             assert loss.item() == pytest.approx(known, rel=1e-4), (
                 f"method {method}, {name} loss: check which view the key comes from, which branch "
@@ -333,7 +333,7 @@ def test_branches_contrast_with_the_other_view():
 
 
 def test_branches_return_masks():
-    model, views, _ = figure()
+    model, views, _ = model_and_expected()
     for mask, expected in zip(model(*views).masks, EXPECTED["branches"]["masks"], strict=True):
         assert torch.equal(mask, expected), "masks: first view 1, then view 2"
     model.mask = "random"
@@ -342,29 +342,29 @@ def test_branches_return_masks():
 
 
 def test_branches_record_no_momentum_gradient():
-    model, views, _ = figure()
+    model, views, _ = model_and_expected()
     recorded = []
     model.momentum_encoder.register_forward_hook(
         lambda *_: recorded.append(torch.is_grad_enabled()))
     model(*views).total.backward()
-    assert len(recorded) == 4, "two views, each as the whole image and as its pivotal patches"
+    assert len(recorded) == 4, "four passes: each view whole, and its pivotal patches alone"
     assert not any(recorded), "the momentum side needs no gradient"
     assert all(p.grad is not None for p in model.predictor.parameters()), \
         "the online side needs a gradient"
 
 
 def test_branches_leave_the_momentum_side_unchanged():
-    model, views, _ = figure()
+    model, views, _ = model_and_expected()
     before = [p.clone() for p in model.momentum_encoder.parameters()]
     with torch.no_grad():
         for parameter in model.encoder.parameters():
             parameter.add_(1e-3)
     model(*views)
     assert all(map(torch.equal, before, model.momentum_encoder.parameters())), \
-        "update_momentum is the training loop's to call, not forward's"
+        "the training loop calls update_momentum; forward must not"
 
 
 def test_branches_raise_for_invalid_views():
-    model, (view1, view2), _ = figure()
-    refuses("a batch of one image has no negatives", model, view1[:1], view2[:1])
-    refuses("the views differ in shape", model, view1, view2[:3])
+    model, (view1, view2), _ = model_and_expected()
+    raises("a batch of one image has no negatives", model, view1[:1], view2[:1])
+    raises("the views differ in shape", model, view1, view2[:3])

@@ -6,7 +6,7 @@
     python tests/experiments.py pictures                        # tests/pictures
 
 Each run has a folder in runs/experiments; the same command resumes a killed one. A finished run is
-a line of tests/results/<data>.jsonl and is not run again: a table has all seeds stored there.
+a line of tests/results/<data>.jsonl and is not run again; a table has all seeds stored there.
 Metrics are of the last epoch; ± is the standard deviation over seeds, differences are paired by
 seed, with their 95 % interval. The tables in HELD_OUT train and evaluate with --held-out.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # before torch: it sets how idle threads wait
+import train  # before torch, as it sets OMP_WAIT_POLICY
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ RUNS, STORE = Path("runs/experiments"), ROOT / "tests" / "results"
 GLOBAL, LOCAL, TWICE = ["--method", "global"], ["--method", "local"], ["--epochs", "twice"]
 NEIGHBOURS = {name: ["--method", f"{ROOT}/tests/baselines.py:{name}"]
               for name in ("CVSA", "PARTICLE")}
-# table: {row: options of train.py}; the first row is what the others are compared with
+# table: {row: options of train.py}; the others are compared with the first row
 TABLES = {
     "methods": {"global": GLOBAL, "local": LOCAL, "lodisc": []},
     "neighbours": {"lodisc": [], "global": GLOBAL, **NEIGHBOURS},
@@ -58,7 +58,7 @@ TABLES = {
         f"{name} {value}": [*GLOBAL, f"--{name}", value] for name, value in (
             ("encoder-lr", "5e-6"), ("encoder-lr", "5e-5"), ("crop-min", "0.08"),
             ("crop-min", "0.35"), ("momentum", "0.9"))}},
-    # held out: why LoDisc is not above MoCo v3 where it is not
+    # held out: possible reasons why LoDisc is not above MoCo v3
     "variants": {"lodisc": [], "global": GLOBAL, "keep 0.7": ["--keep-ratio", "0.7"],
                  "tokens": ["--local-input", "tokens"], "last layer": ["--importance", "last"],
                  **{f"{name} {value}": ["--method", f"{ROOT}/tests/experiments.py:Variant",
@@ -78,7 +78,7 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 
 class Variant(LoDisc):
-    """LoDisc with another weight of the local loss, or with the other patches blurred, not zero."""
+    """LoDisc with a weighted local loss, or with the other patches blurred instead of zeroed."""
 
     def __init__(self, encoder, weight=1.0, blur=False, **options):
         super().__init__(encoder, **options)
@@ -90,7 +90,7 @@ class Variant(LoDisc):
 
     def local_key(self, view, mask):
         size = self.encoder.patch_size
-        if self.blur:  # sigma: a patch
+        if self.blur:  # sigma: the patch size
             blurred = v2.functional.gaussian_blur(view, 4 * size + 1, float(size))
             view = mask_pixels(view, mask, size) + mask_pixels(blurred, ~mask, size)
             mask = torch.ones_like(mask)
@@ -101,7 +101,7 @@ class Variant(LoDisc):
 
 
 def settings_of(options):
-    """Return what train.py makes of the options on this machine; they must lead to metrics."""
+    """Return train.py's settings for these options on this machine; raise for unlabelled data."""
     given, defaults = train.parse_args(options)
     settings = {**defaults, **given}
     data = train.load_data(*(settings[name] for name in ("data", "data_root", "download",
@@ -118,7 +118,7 @@ def run_name(data, options, seed, init):
 
 
 def run(data, options, seed, root=None, init=None, mean=False):
-    """Return the run's folder, trained and evaluated now or before; mean: mean patch tokens too."""
+    """Train and evaluate a run, unless done -> its folder; mean: mean patch tokens too."""
     folder = RUNS / run_name(data, options, seed, init)
     options = [*options, "--seed", str(seed), "--data", data]
     options += ["--data-root", root] * bool(root) + ["--init", init] * bool(init)
@@ -162,7 +162,7 @@ def stored(data):
 
 
 def records_of(data, options, init):
-    """options {row: options of train.py} -> {row: {seed: record}}, of the finished runs."""
+    """Return the finished runs of options {row: options of train.py}: {row: {seed: record}}."""
     found = {row: {} for row in options}
     for name, record in stored(data).items():
         seed = record["config"]["seed"]
@@ -215,9 +215,9 @@ def difference(values, others):
 
 
 def bootstrap(differences, classes, draws=10_000):
-    """Return the 95 % interval of the mean of differences (seeds, queries), drawing seeds and then
-    queries within each class, by seed 0: both sources of chance. A query that was left out, as
-    the only one of its class, is NaN."""
+    """Return the 95 % bootstrap interval of the mean of differences (seeds, queries). Resamples
+    both sources of variance, seeds and, within each class, queries, with generator seed 0. A query
+    that was left out, as the only one of its class, is NaN."""
     counted = ~np.isnan(differences).any(0)
     differences, classes = differences[:, counted], np.asarray(classes)[counted]
     rng, (seeds, queries) = np.random.default_rng(0), differences.shape
@@ -233,7 +233,7 @@ def bootstrap(differences, classes, draws=10_000):
 
 
 def markdown(rows, columns):
-    """rows {name: {seed: metrics}}, columns {name: (part, key)} -> lines of a table."""
+    """Format rows {name: {seed: metrics}}, columns {name: (part, key)} as lines of a table."""
     base, *others = rows
     first = rows[base]
     before = {name: {seed: metrics[key] for seed, metrics in first.items()}
@@ -249,7 +249,7 @@ def markdown(rows, columns):
 
     for row, cells in values.items():
         cells = {name: list(found.values()) for name, found in cells.items()}
-        if row in ("raw pixels", "pixels"):  # the spread would be the probe's alone
+        if row in ("raw pixels", "pixels"):  # only the probe depends on the seed
             cells = {name: [statistics.mean(found)] for name, found in cells.items()}
         line(row, (before | rows)[row], {name: spread(found) for name, found in cells.items()})
     for row in others:
@@ -288,10 +288,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("table", choices=[*TABLES, "pictures"])
     add("data", nargs="?", default="synthetic")
-    add("--data-root", help="as train.py's")
-    add("--init", type=train.absolute, help="as train.py's, for all rows")
+    add("--data-root", help="as for train.py")
+    add("--init", type=train.absolute, help="as for train.py, in all rows")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--rows", nargs="+", help="run these rows alone (default: all)")
+    add("--rows", nargs="+", help="run only these rows (default: all)")
     return parser.parse_args(argv)
 
 

