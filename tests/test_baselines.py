@@ -1,4 +1,4 @@
-"""CVSA and PARTICLE against loops, and as methods of train.py and eval.py."""
+"""CVSA and PARTICLE against reference loops, and as methods of train.py and eval.py."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ def small(cls=LoDisc, **options):
 # --- CVSA -------------------------------------------------------------------------------------
 
 
-def test_swap_against_a_loop_over_patches():
+def test_swap_background_matches_loop():
     views, masks = torch.randn(5, 3, 16, 24), torch.rand(5, 6) < 0.5
     swapped = swap_background(views, masks, 8)
     for i in range(5):
@@ -42,7 +42,7 @@ def test_swap_against_a_loop_over_patches():
                                source[:, row:row + 8, column:column + 8])
 
 
-def test_alignment_is_zero_on_the_pasted_patches_and_moves_attention_there():
+def test_alignment_loss_attracts_attention_to_pasted_patches():
     masks = torch.tensor([[True, False, False, True], [False, True, False, False]])
     row = torch.zeros(2, 3, 5)
     row[:, :, 0] = 0.5  # the class token's own weight does not count
@@ -60,7 +60,7 @@ def test_alignment_is_zero_on_the_pasted_patches_and_moves_attention_there():
     assert (logits.grad[:, :, 1:][inside] < 0).all() and (logits.grad[:, :, 1:][~inside] > 0).all()
 
 
-def test_cvsa_is_its_equations(monkeypatch):
+def test_cvsa_matches_its_equations(monkeypatch):
     model, (view1, view2) = small(CVSA, weight=0.5)
     output = model(view1, view2)
     masks, keys, queries, aligned = [], [], [], []
@@ -84,7 +84,7 @@ def test_cvsa_is_its_equations(monkeypatch):
     assert all(map(torch.equal, output.masks, masks))
 
 
-def test_keys_never_see_a_swapped_view(monkeypatch):
+def test_cvsa_keys_are_of_unswapped_views(monkeypatch):
     model, views = small(CVSA)
     seen = {"encoder": [], "momentum_encoder": []}
     for name, calls in seen.items():
@@ -96,8 +96,8 @@ def test_keys_never_see_a_swapped_view(monkeypatch):
     assert not any(torch.equal(*pair) for pair in zip(seen["encoder"], views))
 
 
-def test_cvsa_swapped_views_as_a_picture(tmp_path, few_birds):
-    """Eight drawn birds above their swapped views, to be looked at."""
+def test_swapped_views_preserve_kept_patches_only(tmp_path, few_birds):
+    """Save eight birds above their swapped views, for visual inspection."""
     data = train.load_data()
     views = train.augment.TwoViews(data.train, 48, (0.5,) * 3, (0.5,) * 3, 0)
     images = torch.stack([views[0, i][0] for i in range(8)])
@@ -135,7 +135,7 @@ def cluster_by_loops(points, first, parts, iterations=5):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_clusters_against_loops_over_images_and_points(seed):
+def test_cluster_matches_loops(seed):
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(4, 18, 6, generator=generator, dtype=torch.float64)
     first = torch.randint(18, (4,), generator=generator)
@@ -152,11 +152,11 @@ def separated(parts=4, members=6, dim=8):
 
 
 def partition(assignment):
-    """Whether each pair of points is in one part, so that names of parts do not matter."""
+    """Return whether each pair of points is in one part, whatever the parts' indices."""
     return assignment[:, None] == assignment[None]
 
 
-def test_separated_clusters_do_not_depend_on_order_or_rotation():
+def test_cluster_is_invariant_to_order_and_rotation():
     points, truth = separated()
     found = cluster(points, torch.tensor([0]), 4)[0]
     assert torch.equal(partition(found), partition(truth))
@@ -168,7 +168,7 @@ def test_separated_clusters_do_not_depend_on_order_or_rotation():
 
 
 def test_empty_clusters_stay_empty():
-    points = F.one_hot(torch.tensor([0, 0, 1, 1, 0]), 4).float()[None]  # two places, five parts
+    points = F.one_hot(torch.tensor([0, 0, 1, 1, 0]), 4).float()[None]  # two distinct points
     found = cluster(points, torch.tensor([0]), 5)
     assert found.unique().tolist() == [0, 1]
     means, present = part_means(points, found, 5)
@@ -186,13 +186,13 @@ def test_clusters_and_means_are_float32_under_autocast():
     assert again.dtype == torch.float32 and torch.equal(again, means)
 
 
-def test_ties_go_to_the_lowest_index():
-    points = torch.eye(4)[None]  # all cosines 0: each next centre is the lowest point left
+def test_cluster_breaks_ties_by_lowest_index():
+    points = torch.eye(4)[None]  # all cosines 0: each next centre is the lowest index left
     assert cluster(points, torch.tensor([2]), 3).tolist() == [[1, 2, 0, 0]]
 
 
 def by_loops(model, view1, view2):
-    """PARTICLE's loss and share of common parts, with loops over images and parts."""
+    """Compute PARTICLE's loss and fraction of shared parts by loops over images and parts."""
     with torch.no_grad():
         targets, importances = [], []
         for view in (view1, view2):
@@ -218,11 +218,11 @@ def by_loops(model, view1, view2):
     return loss, len(q1) / (len(view1) * model.parts)
 
 
-def test_particle_against_loops():
+def test_particle_matches_loops():
     model, views = small(PARTICLE)
     output = model(*views)
     loss, shared = by_loops(model, *views)
-    assert 0 < shared < 1  # so that some part is in one view alone
+    assert 0 < shared < 1  # some part is in one view only
     assert torch.allclose(output.part_loss, loss, atol=1e-5) and output.total is output.part_loss
     assert output.shared_parts.item() == pytest.approx(shared)
     assert not output.shared_parts.requires_grad and output.masks is None
@@ -234,7 +234,7 @@ def gradients(model, output):
     return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
-def test_parts_of_one_view_alone_change_neither_loss_nor_gradient(monkeypatch):
+def test_parts_in_one_view_only_are_ignored(monkeypatch):
     model, views = small(PARTICLE)
     clean = model(*views)
     expected, real = gradients(model, clean), baselines.part_means
@@ -255,7 +255,7 @@ def test_no_gradient_through_assignments_and_keys():
     assert all(gradient.isfinite().all() for gradient in found)
     assert all(p.grad is None for module in (model.momentum_encoder, model.momentum_projector)
                for p in module.parameters())
-    # the loss with the very same assignments and keys as constants has the same gradient
+    # the loss with the same assignments and keys as constants has the same gradient
     loss, _ = by_loops(model, *views)
     model.zero_grad()
     loss.backward()
@@ -265,7 +265,7 @@ def test_no_gradient_through_assignments_and_keys():
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-def test_fewer_than_two_parts_have_loss_0_with_a_graph(monkeypatch, rows):
+def test_fewer_than_two_shared_parts_give_zero_loss_with_graph(monkeypatch, rows):
     model, views = small(PARTICLE)
 
     def only(tokens, assignment, parts):
@@ -277,7 +277,7 @@ def test_fewer_than_two_parts_have_loss_0_with_a_graph(monkeypatch, rows):
     monkeypatch.setattr(baselines, "part_means", only)
     output = model(*views)
     assert output.total.item() == 0
-    found = gradients(model, output)  # one for every parameter, as several processes need
+    found = gradients(model, output)  # one for every parameter, as DDP needs
     assert all((gradient == 0).all() for gradient in found)
 
 
@@ -295,8 +295,8 @@ def test_masks_are_the_most_important_part():
         assert torch.equal(masks[i], assignment == means.index(max(means)))
 
 
-def test_an_absent_part_is_not_the_most_important(monkeypatch):
-    """Two places for three parts; the logarithms of importance are below 0, the absent mean."""
+def test_absent_part_is_never_most_important(monkeypatch):
+    """Use two distinct tokens for three parts; an absent part has mean 0, above log importance."""
     model, (images, _) = small(PARTICLE, parts=3)
     tokens = F.one_hot(torch.tensor([0, 1] * 8), 4).float().expand(6, 16, 4)
     importance = torch.where(tokens[..., 1] > 0, -2.0, -3.0)
@@ -304,7 +304,7 @@ def test_an_absent_part_is_not_the_most_important(monkeypatch):
     assert torch.equal(model.masks(images), tokens[..., 1] > 0)
 
 
-def test_parts_must_fit_the_patches():
+def test_invalid_number_of_parts_raises():
     for parts in (1, 17):
         with pytest.raises(UserError, match=r"in \[2, 16\]"):
             small(PARTICLE, parts=parts)

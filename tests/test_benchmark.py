@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic against torch's own counter, and its report."""
+"""The benchmark's FLOPs against torch's counter, and its report."""
 
 import re
 
@@ -15,13 +15,13 @@ from lodisc import IMPORTANCES, MASKS, METHODS, LoDisc, UserError, VisionTransfo
 @pytest.mark.parametrize("importance", IMPORTANCES)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("method", METHODS)
-def test_step_flops_against_torch(method, mask, importance):
+def test_step_flops_match_torch(method, mask, importance):
     tokens = (mask in ("location", "block")) == (importance == "product")  # each with both inputs
     encoder = VisionTransformer(32, 8, 32, 2, 2, train_projection=tokens)
     model = LoDisc(encoder, method, mask, importance, "tokens" if tokens else "pixels",
                    hidden_dim=64, output_dim=32)
     views = torch.randn(2, 6, 3, 32, 32)
-    # fused attention's backward computes the weights again: counted with the plain one
+    # the fused kernel's backward recomputes the weights, so count the unfused one
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*views).total.backward()
     counted = counter.get_total_flops()
@@ -30,16 +30,16 @@ def test_step_flops_against_torch(method, mask, importance):
     assert benchmark.step_flops(model, 6) == counted
 
 
-def test_full_attention_flops_against_torch():
+def test_full_attention_flops_match_torch():
     encoder = create_vit("vit_nano", 32, 8)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         encoder(torch.randn(6, 3, 32, 32), attention="full")
     assert 6 * sum(benchmark.encoder_flops(encoder, attention="full")) == counter.get_total_flops()
 
 
-def test_published_size():
-    """17.6 GFLOP multiply-adds for ViT-B/16 at 224 px (Touvron et al. 2021), here times two; the
-    last layer's work for patches is not done."""
+def test_flops_match_published_vit_base():
+    """Compare with 17.6 G multiply-adds of ViT-B/16 at 224 px (Touvron et al. 2021), two FLOPs
+    each, less the last layer's patch tokens, which are not computed."""
     projection, rest = benchmark.encoder_flops(create_vit("vit_base", 224, 16))
     saved = 2 * 196 * (2 * 197 * 768 + 9 * 768**2)
     assert projection + rest + saved == pytest.approx(2 * 17.58e9, rel=1e-2)
@@ -56,7 +56,7 @@ def trainer(options=()):
     return benchmark.Trainer(settings, device, train.pick_precision("off", device, 96))
 
 
-def test_step_is_train_step(monkeypatch):
+def test_step_calls_train_step(monkeypatch):
     calls = []
     monkeypatch.setattr(train, "train_step", lambda *args: calls.append(args))
     own = trainer()
@@ -66,13 +66,13 @@ def test_step_is_train_step(monkeypatch):
     assert isinstance(scaler, torch.amp.GradScaler) and not scaler.is_enabled()
     assert [view.shape for view in views] == [(8, 3, 24, 24)] * 2
     assert 0 <= progress <= 1 and 0 <= m <= 1 and own.model.encoder._compiled_call_impl is None
-    compiled = trainer(["--compile"]).model  # on the first call, which does not come
+    compiled = trainer(["--compile"]).model  # lazily, at the first call
     assert compiled.encoder._compiled_call_impl and compiled.momentum_encoder._compiled_call_impl
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_split_is_a_whole_step(method, monkeypatch):
-    """Every part is clocked once or once per view, and afterwards nothing is wrapped any more."""
+def test_split_times_every_part_of_a_step(method, monkeypatch):
+    """Check that every part is timed once, or once per view, and that all wrappers are removed."""
     own, real, calls = trainer(["--method", method]), benchmark.timed, []
     monkeypatch.setattr(benchmark, "timed", lambda *args: calls.append(1) or real(*args))
     before, backward = dict(vars(own.model)), torch.Tensor.backward
@@ -95,7 +95,7 @@ def test_input_rate_takes_epochs_in_order(monkeypatch):
     assert len(set(asked)) == 80
 
 
-def test_settings_are_checked():
+def test_invalid_settings_raise():
     with pytest.raises(UserError, match="--batch-size must be in"):
         benchmark.main([*SMALL, "--batch-size", "1"])
 

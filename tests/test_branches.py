@@ -266,7 +266,7 @@ def test_masks_follow_mask_and_importance(mask, function, importance):
     views = two_views()
     model = tiny(mask=mask, importance=importance)
     with torch.no_grad():
-        for parameter in model.momentum_encoder.parameters():  # sharper attention, unlike others
+        for parameter in model.momentum_encoder.parameters():  # so that the importances differ
             parameter += 0.05 * torch.randn_like(parameter)
     masks = model(*views).masks
     matrices = [model.momentum_encoder(view, "full")[1] for view in views]
@@ -318,7 +318,7 @@ def test_masks_are_most_important_patches_for_any_method(mask, method):
     for importance, (function, _) in IMPORTANCES.items():
         model, images = tiny(method=method, mask=mask, importance=importance), two_views(3)[0]
         with torch.no_grad():
-            model.momentum_encoder.cls_token.normal_()  # so that the online one ranks otherwise
+            model.momentum_encoder.cls_token.normal_()  # so that the online ranking differs
             matrices = model.momentum_encoder(images, "full")[1]
         passes, masks = encoder_passes(model), model.masks(images)
         assert masks.dtype == torch.bool and masks.shape == (3, 16)
@@ -351,7 +351,7 @@ def test_chance_levels_equal_loss_of_constant_features(method, temperature):
 
 
 @pytest.mark.parametrize("needs_importance", [True, False])
-def test_own_mask_is_one_function_and_one_entry(needs_importance, monkeypatch):
+def test_own_mask_needs_one_function_and_one_entry(needs_importance, monkeypatch):
     calls = []
 
     def own_mask(importance, keep_ratio, generator=None):
@@ -430,7 +430,7 @@ def test_heads_match_moco_v3():
 
 @pytest.mark.parametrize("mask", ["location", "least"])
 def test_masks_of_diverged_encoder_keep_exactly_k(mask):
-    """NaN is the training loop's to report; no forward pass raises for it."""
+    """Check that no forward pass raises for NaN, which the training loop reports."""
     model, images = tiny(mask=mask), two_views(2)
     rows = [torch.full((2, 3, 17), math.nan)] * 4
     assert model.pivotal_mask(images[0], rows, None).sum(1).tolist() == [model.num_kept] * 2

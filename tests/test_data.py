@@ -22,7 +22,7 @@ def digest(image):
     return hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
 
 
-def test_bird_is_a_function_of_seed_split_and_index():
+def test_bird_depends_on_seed_split_and_index_only():
     image, parts = draw(0, "test", 7)
     draw.cache_clear()
     again, parts_again = draw(0, "test", 7)
@@ -45,7 +45,7 @@ def test_birds_are_balanced_and_splits_disjoint():
 
 @pytest.mark.parametrize("family", range(len(FAMILIES)))
 def test_species_differ_only_in_the_parts(monkeypatch, family):
-    """The same draw of all species of a family: other pixels lie in the parts, or at their edge."""
+    """Draw all species of a family alike: pixels that differ are in the parts or next to them."""
     images = []
     for species in range(len(SPECIES)):
         label = family * len(SPECIES) + species
@@ -65,13 +65,13 @@ def test_species_differ_only_in_the_parts(monkeypatch, family):
 
 def test_regions_cover_a_plausible_fraction():
     regions = [np.asarray(Birds("test", 100).regions(i)) for i in range(100)]
-    shares = np.array([[(one >= BIRD).mean(), (one == PART).mean()] for one in regions])
-    assert (shares[:, 0] > 0.04).all() and 0.1 < shares[:, 0].mean() < 0.4
-    assert 0 < shares[:, 1].mean() < 0.5 * shares[:, 0].mean()  # all three parts
+    fractions = np.array([[(one >= BIRD).mean(), (one == PART).mean()] for one in regions])
+    assert (fractions[:, 0] > 0.04).all() and 0.1 < fractions[:, 0].mean() < 0.4
+    assert 0 < fractions[:, 1].mean() < 0.5 * fractions[:, 0].mean()  # all three parts
 
 
-def test_part_map_tells_ground_body_head_and_wing():
-    """The head is farther from the bird's middle than the wing is, unless the frame cuts it."""
+def test_part_map_separates_ground_body_head_and_wing():
+    """Check that the head is farther from the bird's centre than the wing, unless it is cropped."""
     birds, farther = Birds("test", 60), []
     for i in range(60):
         parts, regions = (np.asarray(read(i)) for read in (birds.part_map, birds.regions))
@@ -87,21 +87,21 @@ def test_part_map_tells_ground_body_head_and_wing():
     assert (covered[1:] > 0.01).all() and covered[1] > covered[3]
 
 
-def test_views_depend_on_seed_epoch_and_index_alone():
+def test_views_depend_on_seed_epoch_and_index_only():
     images = Birds("train", 10)
     views = TwoViews(images, 32, MEAN, STD, seed=3)
     one = views[2, 5]
     torch.rand(7)
     state = torch.get_rng_state()
     again = views[2, 5]
-    assert torch.equal(state, torch.get_rng_state())  # the caller's generator is left alone
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is not used
     assert all(torch.equal(a, b) for a, b in zip(one, again))
     assert one[0].shape == one[1].shape == (3, 32, 32) and not torch.equal(*one)
     for other in (views[3, 5], views[2, 6], TwoViews(images, 32, MEAN, STD, seed=4)[2, 5]):
         assert not torch.equal(one[0], other[0])
 
 
-def test_augmentation_is_byols_asymmetric_pair():
+def test_augmentation_matches_byol():
     views = TwoViews(Birds("train", 1), 224, MEAN, STD, seed=0)
     for view, blur, solarise in ((views.view1, 1.0, 0.0), (views.view2, 0.1, 0.2)):
         crop, jitter, grey, blurred, solarised, flip = view.transforms[:6]
@@ -114,14 +114,14 @@ def test_augmentation_is_byols_asymmetric_pair():
         assert tuple(blurred.transforms[0].sigma) == (0.1, 2.0)
 
 
-def test_blur_has_the_drawn_sigma():
-    """A white line on black becomes a bell whose standard deviation lies between the two."""
+def test_blur_sigma_is_within_its_bounds():
+    """Blur a white line on black: the profile's standard deviation is between the two bounds."""
     line = torch.zeros(41, 41, dtype=torch.uint8)
     line[:, 20] = 255
-    place, widths = torch.arange(41) - 20.0, []
+    offset, widths = torch.arange(41) - 20.0, []
     for _ in range(40):
         row = torch.from_numpy(np.array(Blur(2.0, 4.0)(Image.fromarray(line.numpy()))))[20].float()
-        widths.append(((row * place**2).sum() / row.sum()).sqrt().item())
+        widths.append(((row * offset**2).sum() / row.sum()).sqrt().item())
     assert 1.8 < min(widths) < 2.5 and 3.5 < max(widths) < 4.2
 
 
@@ -132,7 +132,7 @@ def epochs_of(batches, epochs):
     return found
 
 
-def test_order_is_seeded_by_seed_and_epoch():
+def test_order_depends_on_seed_and_epoch():
     first, second = epochs_of(Batches(20, 4, seed=1), range(2))
     assert [first, second] == epochs_of(Batches(20, 4, seed=1), range(2))
     assert [second] == epochs_of(Batches(20, 4, seed=1), [1])  # as after a resume
@@ -143,7 +143,7 @@ def test_order_is_seeded_by_seed_and_epoch():
     assert len({tuple(order) for order in [*orders, range(20)]}) == 4
 
 
-def test_no_two_purposes_share_a_seed():
+def test_seeds_of_different_purposes_differ():
     """SeedSequence pads with zeros, so that without a purpose (s, e) and (s, e, 0) coincide."""
     seeds = [mix_seed(purpose, s, *rest) for s in range(4) for purpose, tails in (
         (augment.ORDER, [(e,) for e in range(9)]),
@@ -158,14 +158,14 @@ def test_no_two_purposes_share_a_seed():
     assert torch.equal(views.view1(views.dataset[1][0]), views[2, 1][0])
 
 
-def test_batches_are_whole_and_shared_among_processes():
+def test_full_batches_are_split_across_ranks():
     whole = Batches(23, 6, seed=1)
     assert len(whole) == 3 and [len(batch) for batch in whole] == [6] * 3
-    shares = [list(Batches(23, 6, 1, rank, 3)) for rank in range(3)]
-    assert [sum(batches, []) for batches in zip(*shares)] == list(whole)
+    per_rank = [list(Batches(23, 6, 1, rank, 3)) for rank in range(3)]
+    assert [sum(batches, []) for batches in zip(*per_rank)] == list(whole)
 
 
-def test_plain_crop_takes_the_middle():
+def test_plain_crop_is_centred():
     gradient = np.zeros((160, 240, 3), np.uint8)
     gradient[..., 0], gradient[..., 1] = np.arange(240), np.arange(160)[:, None]
     crop = np.asarray(v2.Compose(plain_crop(70))(Image.fromarray(gradient))).astype(float)
@@ -185,13 +185,13 @@ def test_folder_with_train_and_test(flowers):
     assert data.test[5][1] == 1
 
 
-def test_val_serves_as_test(flowers):
+def test_val_folder_is_used_as_test(flowers):
     (flowers / "test").rename(flowers / "val")
     assert len(load_data(str(flowers)).test) == 12
 
 
 @pytest.mark.parametrize("layout", ["no test", "no split", "no labels", "nested"])
-def test_folders_without_labels_or_splits_are_trained_on(flowers, tmp_path, layout):
+def test_folders_without_labels_or_splits_have_no_test_set(flowers, tmp_path, layout):
     root = flowers
     if layout == "no test":
         shutil.rmtree(flowers / "test")
@@ -211,7 +211,7 @@ def test_folders_without_labels_or_splits_are_trained_on(flowers, tmp_path, layo
     assert data.train[0][0].mode == "RGB"
 
 
-def test_bad_folders_are_refused(flowers, tmp_path):
+def test_invalid_folders_raise(flowers, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_data(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()

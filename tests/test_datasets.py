@@ -1,4 +1,4 @@
-"""Named data sets, each in its official layout in small, read by the real classes; --held-out."""
+"""Named data sets, read from small copies of their official layouts; --held-out."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def save(path, colour, size=(60, 40)):
 
 @pytest.fixture
 def cub(tmp_path):
-    """CUB-200-2011's archive with 2 species of 6 images; the bird is red, at (10, 5), 20 x 30."""
+    """Write CUB-200-2011's archive with 2 species of 6 images; boxes at (10, 5), 20 x 30 px."""
     folder = tmp_path / "CUB_200_2011"
     lines = {name: [] for name in ("images", "image_class_labels", "train_test_split",
                                    "bounding_boxes")}
@@ -31,7 +31,7 @@ def cub(tmp_path):
         save(folder / "images" / name, (30 * (i > 6), 200, 20 * i))
         lines["images"].append(f"{i} {name}")
         lines["image_class_labels"].append(f"{i} {(i - 1) // 6 + 1}")
-        lines["train_test_split"].append(f"{i} {i % 3 % 2}")  # 1 = train: a third of them
+        lines["train_test_split"].append(f"{i} {i % 3 % 2}")  # 1 = train: every third
         lines["bounding_boxes"].append(f"{i} 10.0 5.0 20.0 30.0")
     for name, content in lines.items():
         (folder / f"{name}.txt").write_text("\n".join(content) + "\n")
@@ -133,7 +133,7 @@ def test_cars_in_torchvision_layout(tmp_path):
 
 
 def flowers17(root, missing=None):
-    """1,360 files, all hard links of one but the five that the tests look at."""
+    """Write 1,360 files, all hard links of one except for four of other colours."""
     folder = root / "flowers17" / "jpg"
     save(folder / "image_0001.jpg", (0, 0, 0), (8, 8))
     for n in range(2, 1361):
@@ -143,7 +143,7 @@ def flowers17(root, missing=None):
             os.link(folder / "image_0001.jpg", folder / f"image_{n:04d}.jpg")
 
 
-def test_flowers17_has_every_fifth_image_for_testing(tmp_path):
+def test_flowers17_tests_on_every_fifth_image(tmp_path):
     flowers17(tmp_path)
     data = load_data("flowers17", tmp_path)
     assert data.train.targets == [label for label in range(17) for _ in range(64)]
@@ -160,7 +160,7 @@ def test_flowers17_has_every_fifth_image_for_testing(tmp_path):
 
 
 @pytest.mark.parametrize("number", [7, 10])  # a training image, a test image
-def test_flowers17_missing_image_is_one_line(tmp_path, number):
+def test_flowers17_missing_image_raises_one_line(tmp_path, number):
     flowers17(tmp_path, missing=number)
     with pytest.raises(UserError, match=rf"--data flowers17: .*image_{number:04d}\.jpg") as error:
         load_data("flowers17", tmp_path)
@@ -168,7 +168,7 @@ def test_flowers17_missing_image_is_one_line(tmp_path, number):
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_missing_data_set_is_one_line_with_its_place(name, tmp_path):
+def test_missing_data_set_raises_one_line_with_path(name, tmp_path):
     with pytest.raises(UserError, match=rf"--data {name}: .*--data-root .*{tmp_path.name}.*"
                        r"data/README\.md") as error:
         load_data(name, tmp_path)
@@ -176,7 +176,7 @@ def test_missing_data_set_is_one_line_with_its_place(name, tmp_path):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-def test_reader_error_of_many_lines_is_one_line(tmp_path, monkeypatch):
+def test_multiline_reader_error_becomes_one_line(tmp_path, monkeypatch):
     def read(root, download):
         raise RuntimeError("first\nsecond")
 
@@ -190,16 +190,16 @@ def test_cars_cannot_be_downloaded(tmp_path):
         load_data("cars", tmp_path, download=True)
 
 
-def test_cub_download_fetches_a_checked_archive_once(cub, monkeypatch):
+def test_cub_is_downloaded_once_with_checksum(cub, monkeypatch):
     calls = []
     monkeypatch.setattr("data.datasets.download_and_extract_archive",
                         lambda *args, **options: calls.append((args, options)))
     load_data("cub", cub, download=True)
-    assert calls == []  # it is there
+    assert calls == []  # already there
     (cub / "CUB_200_2011").rename(cub / "elsewhere")
     with pytest.raises(UserError, match="--data cub"):
         load_data("cub", cub)
-    assert calls == []  # nobody asked for it
+    assert calls == []  # only with download=True
     with pytest.raises(UserError, match="--data cub"):
         load_data("cub", cub, download=True)
     ((url, root), options), = calls
@@ -216,17 +216,17 @@ def test_data_name_keeps_names_and_makes_folders_absolute(tmp_path, monkeypatch)
 
 
 def pairs(part):
-    """(image's bytes, class) of a data set."""
+    """Return the sorted (image bytes, class) pairs of a data set."""
     return sorted((image.tobytes(), label) for image, label in part)
 
 
 def check_held_out(whole, held):
-    """The parts are disjoint, together the training set, and have every class's fifth."""
+    """Check that the parts are disjoint and complete, with a fifth of each class held out."""
     assert not set(held.train.indices) & set(held.test.indices)
     assert sorted(pairs(held.train) + pairs(held.test)) == pairs(whole.train)
     total = np.bincount(whole.train.targets)
-    for part, share in ((held.train, total - total // 5), (held.test, total // 5)):
-        assert np.array_equal(np.bincount(part.targets), share)
+    for part, counts in ((held.train, total - total // 5), (held.test, total // 5)):
+        assert np.array_equal(np.bincount(part.targets), counts)
         assert [label for _, label in part] == part.targets
 
 
@@ -257,7 +257,7 @@ def test_held_out_opens_no_test_image_of_a_named_data_set(cub):
     assert sorted(pairs(held.train) + pairs(held.test)) == pairs(whole.train)
 
 
-def test_held_out_of_the_birds_is_of_their_training_set():
+def test_held_out_birds_come_from_the_training_set():
     whole, held = load_data("synthetic"), load_data("synthetic", held_out=True)
     total = np.bincount(whole.train.targets)
     assert np.array_equal(np.bincount(held.test.targets), total // 5)
@@ -274,7 +274,7 @@ def test_held_out_of_flowers17(tmp_path):
     assert all(int(path.stem[-4:]) % 5 for path in opened)
 
 
-def test_held_out_leaves_each_class_an_image_to_train_on(flowers):
+def test_held_out_keeps_a_training_image_per_class(flowers):
     for label, count in ((1, 1), (2, 2)):
         for path in sorted((flowers / "train" / f"class {label}").iterdir())[count:]:
             path.unlink()

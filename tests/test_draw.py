@@ -1,4 +1,4 @@
-"""run.png and the mask sheet, from arrays; what imports what."""
+"""run.png and the mask sheet, from arrays; the order of imports."""
 
 import ast
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_curves_follow_the_losses():
     assert orange_last < blue_last
 
 
-def test_bars_are_as_high_as_the_metrics():
+def test_bar_heights_are_proportional_to_metrics():
     metrics = {"raw pixels": {"linear top-1": 0.2}, "untrained": {"linear top-1": 0.4},
                "trained": {"linear top-1": 0.8}}
     panel = sheet(metrics=metrics)[41:HEIGHT - 60, WIDTH // 2 + 30:]
@@ -79,7 +79,7 @@ def test_run_without_test_images_is_drawn(flowers):
         assert image.size[0] == WIDTH
 
 
-def test_film_has_eight_epochs_at_most_first_and_last_included():
+def test_film_has_at_most_eight_epochs_with_first_and_last():
     assert sheet(epochs=30).shape == sheet().shape == sheet(epochs=3).shape
     for epochs, fractions in ((30, [0.25] + 6 * [0.75] + [1]), (8, 3 * [0.25] + 5 * [0.75]),
                               (1, [0.25])):
@@ -101,7 +101,7 @@ def test_chance_level_is_dashed_at_its_height():
     assert rows[0] - rows[1] == pytest.approx(rows[1] - rows[2], abs=2) and rows[0] > rows[2] + 100
 
 
-def test_method_without_loss_fields_has_the_curve_of_its_total():
+def test_total_is_drawn_for_method_without_loss_fields():
     page = run_sheet([{"epoch": 1, "total": 3.0}, {"epoch": 2, "total": 1.0}], {}, None,
                      [Image.new("RGB", (16, 16))] * 8, [])
     panel = np.asarray(page.convert("RGB")).astype(int)[40:HEIGHT - 55, 75:WIDTH // 2 - 40]
@@ -184,5 +184,5 @@ def test_imports_run_one_way():
     assert "train" not in set().union(*map(imports_of, paths))
 
 
-def test_draw_imports_nothing_of_the_project():
+def test_draw_imports_no_project_module():
     assert not imports_of(ROOT / "data" / "draw.py") & set(ORDER)

@@ -1,4 +1,4 @@
-"""Linear probe, k-NN and retrieval against straightforward references; the masks' picture."""
+"""Linear probe, k-NN and retrieval against simple references; masks.png."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def test_logistic_regression_reaches_the_minimum():
         scores = features.double() @ weights[:-1] + weights[-1]
         loss = F.cross_entropy(scores, labels) + strength / 2 * weights[:-1].square().sum()
         loss.backward()
-        assert weights.grad.norm() < 1e-3  # convex: no gradient, no better place
+        assert weights.grad.norm() < 1e-3  # convex: zero gradient at the minimum
     free = evaluation.fit_logistic(features, labels, 1e-3, zeros)[:-1].norm()
     assert evaluation.fit_logistic(features, labels, 1.0, zeros)[:-1].norm() < free
 
@@ -49,8 +49,8 @@ def test_linear_probe_scores():
     assert again == result
 
 
-def test_linear_probe_is_fitted_again_on_all_of_train(monkeypatch):
-    """Strengths are tried on nine tenths, each held out class by class; the last fit has it all."""
+def test_linear_probe_is_refitted_on_all_of_train(monkeypatch):
+    """Check that strengths are tried on nine tenths of each class, and the last fit uses all."""
     sizes, real = [], evaluation.fit_logistic
     monkeypatch.setattr(evaluation, "fit_logistic", lambda features, labels, *rest: (
         sizes.append((len(features), labels.bincount().tolist(), rest[0])),
@@ -62,8 +62,8 @@ def test_linear_probe_is_fitted_again_on_all_of_train(monkeypatch):
     assert sizes[:-1] == [(72, [18] * 4, strength) for strength in evaluation.STRENGTHS]
 
 
-def test_strength_is_chosen_on_what_was_held_out():
-    """Noise fits itself best without a penalty; what was held out wants the strongest one."""
+def test_strength_is_chosen_on_held_out_images():
+    """Fit noise: training accuracy favours no penalty, held-out accuracy a strong one."""
     features, labels = torch.randn(120, 100), torch.arange(120) % 2
     features[:, 0] += 0.5 * labels
     test = torch.randn(400, 100)
@@ -73,16 +73,16 @@ def test_strength_is_chosen_on_what_was_held_out():
 
 
 def test_linear_probe_never_fits_the_test_set():
-    """Labels that mean nothing: chance on the test set, whatever its labels are."""
+    """Fit random labels: the predictions must not depend on the test labels."""
     features, test = torch.randn(300, 40), torch.randn(300, 40)
     labels = torch.randint(5, (300,))
     seen = {round(evaluation.linear_probe((features, labels),
                                           (test, torch.full((300,), c)))["top1"], 6)
             for c in range(5)}
-    assert abs(sum(seen) - 1) < 1e-4  # one prediction a picture, the same five times
+    assert abs(sum(seen) - 1) < 1e-4  # one prediction per image, the same in all calls
 
 
-def test_knn_against_a_loop():
+def test_knn_matches_loop():
     train, test = clusters(60, spread=2.0), clusters(50, spread=2.0, seed=1)
     right = 0
     for feature, label in zip(*test):
@@ -97,7 +97,7 @@ def test_knn_against_a_loop():
 
 
 @pytest.mark.parametrize("block", [512, 13])
-def test_retrieval_against_a_loop(block):
+def test_retrieval_matches_loop(block):
     features, labels = clusters(60, classes=5, spread=2.0)
     labels[17] = 77  # alone in its class
     rank1, rank5, precisions = [], [], []
@@ -119,36 +119,36 @@ def test_retrieval_against_a_loop(block):
     assert (result["queries"], result["left_out"]) == (59, 1)
 
 
-def test_equally_near_images_of_other_classes_come_first():
-    """Features that tell nothing apart find nothing: the k right ones stand behind all others."""
+def test_retrieval_breaks_ties_against_the_class():
+    """Rank equal features: the three images of the same class come after all others."""
     labels = torch.arange(40) % 10  # three others of its class, 36 of another
     result = evaluation.retrieval((torch.ones(40, 8), labels))
     assert result["rank1"] == result["rank5"] == 0
     assert result["mAP"] == pytest.approx((1 / 37 + 2 / 38 + 3 / 39) / 3)
 
 
-def test_localisation_of_masks_that_are_known(monkeypatch):
-    """Importance equal to the bird's share of a patch finds the bird; its opposite avoids it."""
+def test_localisation_of_known_importance(monkeypatch):
+    """Set the importance of a patch to the bird's fraction of it, or to the negative fraction."""
     encoder, birds = create_vit("vit_nano", 48, 8), Birds("test", 60)
     crop = v2.Compose(evaluation.plain_crop(48, v2.InterpolationMode.NEAREST))
-    shares = []
+    fractions = []
     for i in range(60):
         bird = torch.from_numpy(evaluation.np.asarray(crop(birds.regions(i))) >= 1).float()
-        shares.append(F.avg_pool2d(bird[None], 8).flatten())
-    shares = torch.stack(shares)
+        fractions.append(F.avg_pool2d(bird[None], 8).flatten())
+    fractions = torch.stack(fractions)
     for sign in (1, -1):
-        monkeypatch.setattr(evaluation, "importance_of", lambda e, batch, name: sign * shares)
+        monkeypatch.setattr(evaluation, "importance_of", lambda e, batch, name: sign * fractions)
         ratio = evaluation.localisation(encoder, birds, keep_ratio=0.3)
-        kept = shares.sort(1, descending=sign > 0).values[:, :10]
-        assert ratio["object"] == pytest.approx((kept.mean() / shares.mean()).item(), rel=1e-5)
+        kept = fractions.sort(1, descending=sign > 0).values[:, :10]
+        assert ratio["object"] == pytest.approx((kept.mean() / fractions.mean()).item(), rel=1e-5)
         assert ratio["object_most"] == pytest.approx(
-            (shares.sort(1).values[:, -10:].mean() / shares.mean()).item(), rel=1e-5)
-        fixed = shares[:, shares.mean(0).argsort()[-10:]]
-        assert ratio["object_fixed"] == pytest.approx((fixed.mean() / shares.mean()).item())
+            (fractions.sort(1).values[:, -10:].mean() / fractions.mean()).item(), rel=1e-5)
+        fixed = fractions[:, fractions.mean(0).argsort()[-10:]]
+        assert ratio["object_fixed"] == pytest.approx((fixed.mean() / fractions.mean()).item())
         assert (ratio["object"] > 2) == (ratio["parts"] > 1.5) == (sign > 0)
 
 
-def test_masks_picture_shows_image_heat_and_kept_patches(tmp_path, elsewhere):
+def test_masks_png_shows_image_heat_map_and_kept_patches(tmp_path, elsewhere):
     encoder = VisionTransformer(48, 8, 64, 1, 1)
     torch.save(encoder.state_dict(), "weights.pth")
     for i in range(5):
@@ -162,12 +162,12 @@ def test_masks_picture_shows_image_heat_and_kept_patches(tmp_path, elsewhere):
         image = pixels[4:4 + tile, x:x + tile]
         kept = pixels[4 + 2 * step:4 + 2 * step + tile, x:x + tile]
         black = (kept == 0).all(-1)
-        assert black.float().mean() == pytest.approx(26 / 36, abs=0.03)  # 10 of 36 stay
+        assert black.float().mean() == pytest.approx(26 / 36, abs=0.03)  # 10 of 36 are kept
         assert torch.equal(kept[~black], image[~black])
         assert pixels[4 + step:4 + step + tile, x:x + tile].float().std() > 10
 
 
-def test_merging_keeps_other_results_and_splits_off_the_values_per_image(tmp_path):
+def test_save_rows_keeps_other_results_and_separates_values_per_image(tmp_path):
     first = {"raw pixels": {"knn": {"top1": 0.3}},
              "initial": {"linear": {"top1": 0.1, "per_image": {"top1": [0, 0]}}},
              "trained": {"linear": {"top1": 0.5, "per_image": {"top1": [1, 0]}},
@@ -197,8 +197,8 @@ def test_values_per_image_average_to_the_metrics():
         assert sum(v for v in values if v is not None) / 59 == pytest.approx(result[name])
 
 
-def test_a_class_of_one_image_is_never_held_out(monkeypatch):
-    labels = torch.cat([torch.zeros(8), torch.arange(1, 31)]).long()  # singletons but for one
+def test_class_of_one_image_is_never_held_out(monkeypatch):
+    labels = torch.cat([torch.zeros(8), torch.arange(1, 31)]).long()  # one image each but class 0
     features, seen, real = torch.randn(38, 5), [], evaluation.fit_logistic
     monkeypatch.setattr(evaluation, "fit_logistic", lambda features, labels, *rest: (
         seen.append(labels.unique().tolist()), real(features, labels, *rest))[1])
@@ -214,7 +214,7 @@ def test_raw_pixels_are_pooled_to_16_px():
     assert evaluation.RawPixels()(torch.randn(2, 3, 8, 8))[0].shape == (2, 3 * 8 * 8)
 
 
-def test_features_are_the_class_token_or_the_mean_of_the_patch_tokens():
+def test_features_are_class_token_or_mean_patch_token():
     encoder, birds = create_vit("vit_nano", 32, 8), Birds("test", 6)
     crop = (32, encoder.mean, encoder.std)
     found = {kind: evaluation.extract({"e": encoder, "p": evaluation.RawPixels()}, birds, crop,

@@ -1,4 +1,4 @@
-"""The tables' arithmetic, the schedules, and that runs resume and are compared like with like."""
+"""The tables' statistics and options, and that runs resume and are compared seed by seed."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def lines_of(text):
 
 
 def test_paired_difference():
-    """By hand: differences 1, 2, 3, mean 2, standard error 1 / sqrt(3), t of two degrees 4.303."""
+    """By hand: differences 1, 2, 3; mean 2, standard error 1 / sqrt(3); t with 2 df is 4.303."""
     assert experiments.difference([3.0, 4.0, 5.0], [2.0, 2.0, 2.0]) == "+2.000 [-0.484, +4.484]"
     assert experiments.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
 
@@ -40,7 +40,7 @@ def test_bootstrap_draws_seeds_and_queries_within_classes():
     assert (high + low) / 2 == pytest.approx(by_query.mean(), abs=0.01)
     by_seed = np.array([[-0.1], [0.0], [0.4]]) + np.zeros((3, 400))  # queries agree
     assert experiments.bootstrap(by_seed, classes) == "[-0.100, +0.400]"
-    by_class = np.where(classes, 1.0, 0.0)[None] + np.zeros((3, 1))  # nothing left to chance
+    by_class = np.where(classes, 1.0, 0.0)[None] + np.zeros((3, 1))  # no variance within a class
     assert experiments.bootstrap(by_class, classes) == "[+0.500, +0.500]"
     by_class[:, 7] = np.nan  # a query without another image of its class
     assert experiments.bootstrap(by_class, classes) == "[+0.501, +0.501]"
@@ -48,7 +48,7 @@ def test_bootstrap_draws_seeds_and_queries_within_classes():
 
 
 def test_markdown_rows():
-    """One seed: no differences. Initial weights have a row of their own, below raw pixels."""
+    """Check that one seed has no differences, and initial weights have a row below raw pixels."""
     metrics = {"linear": {"top1": 0.5}}
     columns = {"linear top-1": ("linear", "top1")}
     rows = experiments.markdown({"global": {0: metrics}, "lodisc": {0: metrics}}, columns)
@@ -79,9 +79,9 @@ def test_variants_weight_the_local_loss_or_blur_the_other_patches():
     assert (others != 0).all() and others.var() < 0.3 * view[~pixels].var()
 
 
-def test_method_file_import_is_harmless(monkeypatch):
-    """Loading experiments.py as a method file patches nothing and writes nothing."""
-    monkeypatch.setitem(sys.modules, "experiments", experiments)  # given back afterwards
+def test_method_file_import_has_no_side_effects(monkeypatch):
+    """Load experiments.py as a method file: train.py is unchanged, and no file is written."""
+    monkeypatch.setitem(sys.modules, "experiments", experiments)  # restored afterwards
     before = {name: id(value) for name, value in vars(train).items()}
     options, path = experiments.TABLES["variants"]["weight 2"], list(sys.path)
     loaded = experiments.evaluation.load_method(options[1])
@@ -95,7 +95,7 @@ def own_store(monkeypatch):
     monkeypatch.setattr(experiments, "STORE", Path("results"))
 
 
-def test_held_out_tables_leave_test_images_closed(flowers, monkeypatch, capsys):
+def test_held_out_tables_open_no_test_image(flowers, monkeypatch, capsys):
     assert experiments.HELD_OUT == ("recipe", "variants")
     for path in (flowers / "test").rglob("*.jpg"):
         path.write_text("no image")
@@ -121,7 +121,7 @@ def test_named_data_root_is_passed_on(tmp_path):
         experiments.main(["masks", "flowers17", "--data-root", str(tmp_path / "nowhere")])
 
 
-def test_unlabelled_images_are_refused_at_once(flowers, monkeypatch):
+def test_invalid_arguments_raise_before_training(flowers, monkeypatch):
     monkeypatch.delattr(train, "main")
     with pytest.raises(UserError, match="training without evaluation"):
         experiments.main(["methods", str(flowers / "train")])
@@ -133,7 +133,7 @@ def test_unlabelled_images_are_refused_at_once(flowers, monkeypatch):
 
 
 def test_table_of_seeds(monkeypatch, capsys):
-    """Two rows, two seeds; finished runs are not trained again, killed ones resume."""
+    """Run two rows with two seeds; finished runs are not trained again, killed ones resume."""
     data = Data(Birds("train", 60), Birds("test", 40))
     for script in (train, experiments.evaluation):
         monkeypatch.setattr(script, "load_data", lambda *args, **options: data)
@@ -144,7 +144,7 @@ def test_table_of_seeds(monkeypatch, capsys):
     options = ["--workers", "0"]
     other = [*experiments.TABLES["variants"]["weight 2"], *options]
     monkeypatch.setitem(experiments.TABLES, "methods", {"lodisc": options, "double": other})
-    monkeypatch.setitem(sys.modules, "experiments", experiments)  # given back afterwards
+    monkeypatch.setitem(sys.modules, "experiments", experiments)  # restored afterwards
     real, begun = train.main, []
     monkeypatch.setattr(train, "main", lambda argv: begun.append(argv) or real(argv))
     experiments.main(["methods", "--seeds", "1", "0", "0"])
@@ -187,11 +187,11 @@ def test_table_of_seeds(monkeypatch, capsys):
                                              ["--out", str(folders[1])]]
     again = lines_of(capsys.readouterr().out)
     assert [line.rsplit("|", 2)[0] for line in again] == \
-        [line.rsplit("|", 2)[0] for line in lines]  # bit for bit, but for the seconds
+        [line.rsplit("|", 2)[0] for line in lines]  # equal except for the seconds
 
     begun.clear()  # a setting that may change with --resume does not make a run stale
     assert experiments.run("synthetic", options, 0, "elsewhere") == folders[2] and not begun
-    small["epochs"] = 3  # another recipe since then
+    small["epochs"] = 3  # the recipe has changed
     with pytest.raises(UserError, match="is a run with epochs 2; move it away"):
         experiments.run("synthetic", options, 0)
     small["epochs"] = 2

@@ -1,4 +1,4 @@
-"""Image files of every kind: read with the right pixels, or one line with their path."""
+"""Image files of many formats: correct pixels, or a one-line error with their path."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def palette(path, **options):
 
 
 def rotated(path):
-    """Stored lying, with an EXIF note to turn it by 90 degrees: upper left to upper right."""
+    """Save with an EXIF orientation of 90 degrees clockwise: upper left to upper right."""
     image = Image.new("RGB", (32, 16), RED)
     image.paste((0, 0, 255), (0, 0, 8, 8))
     exif = Image.Exif()
@@ -37,7 +37,7 @@ def rotated(path):
     image.save(path, exif=exif, quality=100)
 
 
-GOOD = {  # name: (how it is written, size, colour of the lower right pixel)
+GOOD = {  # name: (function that writes it, size, colour of the lower right pixel)
     "plain.jpg": (lambda p: Image.new("RGB", (30, 20), RED).save(p, quality=100), (30, 20), RED),
     "grey.jpg": (lambda p: Image.new("L", (30, 20), 90).save(p), (30, 20), (90,) * 3),
     "grey16.png": (grey16, (30, 20), (40_000 >> 8,) * 3),
@@ -77,7 +77,7 @@ def broken(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text"])
-def test_unreadable_images_are_one_line_with_their_path(kind, flowers, elsewhere):
+def test_unreadable_images_raise_one_line_with_path(kind, flowers, elsewhere):
     bad = flowers / "train" / "class 1" / "bad one.jpg"
     broken(bad, kind)
     for read in (lambda: open_image(bad), lambda: train.main(["--data", str(flowers), *SMALL])):
@@ -86,7 +86,7 @@ def test_unreadable_images_are_one_line_with_their_path(kind, flowers, elsewhere
         assert str(caught.value).startswith(str(bad)) and "\n" not in str(caught.value)
 
 
-def test_unreadable_image_in_a_loading_process_ends_the_run_with_one_line(flowers):
+def test_unreadable_image_in_a_worker_ends_the_run_with_one_line(flowers):
     bad = flowers / "train" / "class 1" / "bad one.jpg"
     broken(bad, "truncated")
     done = subprocess.run(
@@ -98,7 +98,7 @@ def test_unreadable_image_in_a_loading_process_ends_the_run_with_one_line(flower
     assert done.stderr.startswith(f"train.py: {bad}")
 
 
-def test_folder_of_every_kind_of_image_trains(tmp_path, elsewhere):
+def test_folder_of_all_image_formats_trains(tmp_path, elsewhere):
     for split in ("train", "test"):
         for label in ("a", "b c"):
             folder = tmp_path / "data" / split / label
@@ -140,7 +140,7 @@ def odd_names(data):
         (data / split / "class 1").rename(data / split / "Vögel, große 花")
 
 
-FOLDERS = {  # what is done to the folder: (exit status, what is said)
+FOLDERS = {  # change of the folder: (exit status, message)
     empty_class: (2, "class 1"),
     one_image: (2, "expected 2 training images, got 1"),
     one_test_image_a_class: (0, "no retrieval"),
@@ -153,7 +153,7 @@ FOLDERS = {  # what is done to the folder: (exit status, what is said)
 
 
 @pytest.mark.parametrize("spoil", FOLDERS)
-def test_folders_of_every_kind_train_or_are_one_line(spoil, flowers, elsewhere, capsys):
+def test_unusual_folders_train_or_raise_one_line(spoil, flowers, elsewhere, capsys):
     spoil(flowers)
     status, says = FOLDERS[spoil]
     options = ["--data", str(flowers), *SMALL, "--out", "run"]
@@ -175,7 +175,7 @@ def test_evaluation_names_unreadable_files(flowers, monkeypatch, capsys):
     broken(bad, "text")
     options = ["--data", str(flowers), "--device", "cpu", "--workers", "1"]
     capsys.readouterr()
-    with pytest.raises(UserError) as caught:  # of a loading process, with its traceback
+    with pytest.raises(UserError) as caught:  # from a worker, with its traceback
         evaluation.main(["all", "run", *options])
     monkeypatch.setattr(os, "_exit", lambda status: codes.append(status))
     codes = []

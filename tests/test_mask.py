@@ -115,8 +115,8 @@ def test_masks_depend_on_importance_or_generator_only(name):
     assert torch.equal(torch.get_rng_state(), state)  # torch's global generator is not used
 
 
-def full_but_for_last_row(box):
-    """Whether a box (rows, columns) is full but for the right end of its first or last row."""
+def full_except_last_row(box):
+    """Return whether a box (rows, columns) is full except at the end of its first or last row."""
     last = box[-1] if box[0].all() else box[0]
     others = box[:-1] if box[0].all() else box[1:]
     return bool(others.all() and last[: last.sum()].all())
@@ -129,10 +129,10 @@ def test_block_mask_is_a_rectangle_with_one_incomplete_side(side, ratio, seed):
         grid = mask.view(side, side)
         rows, columns = grid.nonzero().T
         box = grid[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
-        assert full_but_for_last_row(box) or full_but_for_last_row(box.T)
+        assert full_except_last_row(box) or full_except_last_row(box.T)
 
 
-def test_block_and_random_masks_vary_in_place_and_shape():
+def test_block_and_random_masks_vary_in_position_and_shape():
     importance, generator = torch.zeros(400, 64), torch.Generator().manual_seed(0)
     blocks = block_mask(importance, 0.3, generator).view(400, 8, 8)
     for sides in (blocks.any(2).sum(1), blocks.any(1).sum(1)):
@@ -155,7 +155,7 @@ def test_block_mask_aspect_ratio_is_up_to_three():
         assert 0.4 < (aspect > 1).float().mean() < 0.6
 
 
-def test_block_mask_keeps_every_patch_about_as_often():
+def test_block_mask_keeps_all_patches_about_equally_often():
     blocks = block_mask(torch.zeros(20_000, 400), 0.04, torch.Generator().manual_seed(0))
     frequency = blocks.float().mean(0).view(20, 20)
     assert 0.4 * 0.04 < frequency.min() and frequency.max() < 1.4 * 0.04

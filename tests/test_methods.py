@@ -1,4 +1,4 @@
-"""A method file of a stranger: a subclass with a third loss, an own option and a schedule."""
+"""A user's method file: a subclass with a third loss, an option and a schedule."""
 
 import csv
 import json
@@ -66,7 +66,7 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-def test_its_scalars_are_logged_and_drawn_by_their_names(own, monkeypatch, capsys):
+def test_method_scalars_are_logged_and_drawn_by_name(own, monkeypatch, capsys):
     drawn, real = [], train.run_sheet
     monkeypatch.setattr(train, "run_sheet", lambda *a: drawn.append(a) or real(*a))
     train.main([*own, "--out", "run"])
@@ -84,7 +84,7 @@ def test_its_scalars_are_logged_and_drawn_by_their_names(own, monkeypatch, capsy
     evaluation.main(["masks", "run", str(next(Path("flowers/test").rglob("*.jpg")))])
 
 
-def test_its_options_and_the_progress_reach_it(own, monkeypatch):
+def test_method_receives_options_and_progress(own, monkeypatch):
     seen, real = [], LoDisc.forward
     monkeypatch.setattr(LoDisc, "forward", lambda self, *args: (
         seen.append((self.weight, args[3])), real(self, *args))[1])
@@ -92,7 +92,7 @@ def test_its_options_and_the_progress_reach_it(own, monkeypatch):
     assert seen == [(0.5, pytest.approx(step / 9)) for step in range(9)]
 
 
-def test_it_resumes_bit_exactly_and_from_another_place(own, monkeypatch):
+def test_method_resumes_bit_exactly_from_moved_file(own, monkeypatch):
     train.main([*own, "--out", "whole"])
     done, real = [], LoDisc.update_momentum
 
@@ -121,7 +121,7 @@ def test_it_resumes_bit_exactly_and_from_another_place(own, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_resumes_bit_exactly_after_sigkill(own):
+def test_method_resumes_bit_exactly_after_sigkill(own):
     own = [*own, "--epochs", "9"]
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *own, "--out", "part"],
                                text=True, stdout=subprocess.PIPE)
@@ -135,7 +135,7 @@ def test_it_resumes_bit_exactly_after_sigkill(own):
     assert same(weights("part"), weights("whole"))
 
 
-def test_without_masks_there_is_no_film(own):
+def test_method_without_masks_has_no_film(own):
     train.main([*own, "--method-option", "shown=False", "--out", "run"])
     assert torch.load("run/checkpoint.pt", weights_only=True)["film"] == []
     image = str(next(Path("flowers/test").rglob("*.jpg")))
@@ -146,13 +146,13 @@ def test_without_masks_there_is_no_film(own):
 @pytest.mark.parametrize("method, says", [
     ("missing.py:Third", "missing.py:Third: no such file"), ("own.py:Nothing", "no class Nothing"),
     ("own.py", "no such file")])
-def test_a_method_that_is_not_there_is_one_line(own, method, says):
+def test_missing_method_raises_one_line(own, method, says):
     with pytest.raises(UserError, match=says) as error:
         train.main([*own, "--method", method, "--out", "run"])
     assert "\n" not in str(error.value) and not Path("run").exists()
 
 
-def test_values_of_options_are_python_literals_or_text():
+def test_option_values_are_python_literals_or_text():
     assert train.method_options(["a=1", "b=1e-3", "c=True", "d=(1, 2)", "e=text", "f=a=b"]) == {
         "a": 1, "b": 1e-3, "c": True, "d": (1, 2), "e": "text", "f": "a=b"}
 
@@ -167,7 +167,7 @@ def test_held_out_runs_are_evaluated_on_the_held_out_images(flowers, capsys):
     assert json.loads(Path("run/eval.json").read_text())["retrieval"] == results["retrieval"]
 
 
-def test_a_method_file_replaces_no_other_module(flowers):
+def test_method_file_replaces_no_module(flowers):
     import random
     Path("random.py").write_text("from lodisc import LoDisc\n")
     assert evaluation.load_method("random.py:LoDisc") is LoDisc

@@ -1,4 +1,4 @@
-"""Few-shot part segmentation: labels of patches, draws of the shots, mean IoU, the command."""
+"""Few-shot part segmentation: patch labels, sampling of shots, mean IoU, the command."""
 
 import json
 from pathlib import Path
@@ -38,14 +38,14 @@ class Painted:
         return Image.fromarray(COLOURS[np.asarray(self.part_map(i))]), self.targets[i]
 
 
-def test_label_is_the_part_of_most_pixels_ties_to_the_lower():
+def test_patch_label_is_majority_part_with_ties_to_the_lower():
     data = Painted(3, 0)
     assert np.array_equal(part_labels(data, range(3), 16, 4), data.grids.reshape(3, 16))
     labels = part_labels(data, [2], 16, 8)[0].reshape(2, 2)  # of four patches each
     for row in range(2):
         for column in range(2):
             four = data.grids[2, 2 * row:2 * row + 2, 2 * column:2 * column + 2].ravel()
-            assert labels[row, column] == np.bincount(four).argmax()  # the first of equals
+            assert labels[row, column] == np.bincount(four).argmax()  # ties to the lower
 
 
 def segment(encoders, train_set, test_set, shots):
@@ -54,7 +54,7 @@ def segment(encoders, train_set, test_set, shots):
 
 
 class Deaf(torch.nn.Module):
-    """Tokens that tell nothing."""
+    """An encoder with constant tokens."""
 
     patch_size = 4
 
@@ -62,7 +62,7 @@ class Deaf(torch.nn.Module):
         return torch.ones(len(images), 17, 3), []
 
 
-def test_painted_parts_are_found_by_pixels_and_not_by_constant_tokens():
+def test_painted_parts_are_segmented_by_pixels_but_not_by_constant_tokens():
     encoders = {"raw pixels": evaluation.RawPixels(4), "deaf": Deaf()}
     rows = segment(encoders, Painted(30, 1), Painted(20, 2), 10)
     found, deaf = rows["raw pixels"]["parts"], rows["deaf"]["parts"]
@@ -71,8 +71,8 @@ def test_painted_parts_are_found_by_pixels_and_not_by_constant_tokens():
     assert found["shots"] == 10 and list(rows) == list(encoders)
 
 
-def test_mean_iou_against_loops(monkeypatch):
-    """Of given predictions; intersection and union are summed over all images."""
+def test_mean_iou_matches_loops(monkeypatch):
+    """Score given predictions; intersection and union are summed over all images."""
     test, answers, seen = Painted(5, 3, parts=3), [], []  # no patch is wing
     generator = torch.Generator().manual_seed(0)
 
@@ -92,7 +92,7 @@ def test_mean_iou_against_loops(monkeypatch):
             ious.append(both / either)
         expected.append(ious)
     expected = torch.tensor(expected, dtype=torch.float64)
-    means = expected[:, 1:].mean(1)  # body and head: without ground, and wing is nowhere
+    means = expected[:, 1:].mean(1)  # body and head: no ground, and wing is absent
     assert found["draws"] == pytest.approx(means.tolist())
     assert found["mean_iou"] == pytest.approx(means.mean().item())
     assert found["std"] == pytest.approx(means.std().item(), rel=1e-5)
@@ -106,7 +106,7 @@ def test_mean_iou_against_loops(monkeypatch):
     assert torch.equal(whole.all(1), whole.any(1)) and whole.all(1).sum() == 2
 
 
-def test_shots_are_drawn_over_the_classes_and_alike_in_every_call(monkeypatch):
+def test_shots_cover_the_classes_and_are_reproducible(monkeypatch):
     monkeypatch.setattr(evaluation, "STRENGTHS", (1.0,))
     data, seen, real = Birds("train", 200), [], evaluation.extract
     monkeypatch.setattr(evaluation, "extract", lambda encoders, dataset, *rest: (
@@ -123,14 +123,14 @@ def test_shots_are_drawn_over_the_classes_and_alike_in_every_call(monkeypatch):
                                  Data(data, Birds("test", 20)), (16, (0.5,) * 3, (0.5,) * 3), 10)
     assert all(map(torch.equal, draws[:10], draws[10:]))
     assert not torch.equal(draws[0], draws[1])
-    used = seen[0].indices  # of all ten draws; a tensor would draw another bird
+    used = seen[0].indices  # of all ten draws; a tensor as index would give another bird
     assert all(type(i) is int for i in used)
     classes = {data.targets[i] for i in used}
     assert len(used) > 50 and len(classes) == 20
     assert max(used) < 200 and seen[1].split == "test"
 
 
-def test_more_shots_than_classes_take_every_class_in_turn():
+def test_shots_cycle_through_the_classes():
     for draw in range(3):
         by_class = evaluation.shuffled_by_class([i % 4 for i in range(40)], draw)
         firsts = [own[0] % 4 for own in by_class]
@@ -148,7 +148,7 @@ def test_parts_command_on_a_run(few_birds, capsys, monkeypatch):
     train.main([*SMALL, "run"])
     before = json.loads(Path("run/eval.json").read_text())
     capsys.readouterr()
-    for _ in range(2):  # again, over its own picture
+    for _ in range(2):  # the second call overwrites parts.png
         evaluation.main(["parts", "run", "--device", "cpu", "--workers", "0"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("mean IoU", "± draws", "body", "head", "wing", "ground",

@@ -1,4 +1,4 @@
-"""Several processes: the same loss, gradients and pictures as one, and one set of files."""
+"""Several ranks: the loss, gradients and metrics of one process, and one set of files."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--war
 
 
 def model_and_views(method):
-    """In float64, heads without BatchNorm, whose statistics are each process's own on a CPU."""
+    """Return a float64 model without BatchNorm, whose statistics are per rank on a CPU; views."""
     torch.manual_seed(0)
     model = LoDisc(create_vit("vit_nano", 32, 8), method, hidden_dim=64, output_dim=32).double()
     for head in (model.projector, model.predictor, model.momentum_projector):
@@ -57,7 +57,7 @@ def run_rank(rank, method, folder):
 
 
 @pytest.mark.parametrize("method", ["lodisc", "global", "local"])
-def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path, method):
+def test_two_ranks_match_loss_and_gradients_of_one(tmp_path, method):
     spawn(run_rank, (method, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     model, (view1, view2) = model_and_views(method)
@@ -65,7 +65,7 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path, method):
     output.total.backward()
     mean = (ranks[0]["losses"] + ranks[1]["losses"]) / 2
     assert (mean - torch.stack(output[:3])).abs().max() < 1e-10
-    assert (ranks[0]["losses"] - mean).abs().max() > 1e-6  # each has its own share
+    assert (ranks[0]["losses"] - mean).abs().max() > 1e-6  # each rank has half of the batch
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert max(gradient.abs().max() for gradient in gradients) > 1e-3
     for rank in ranks:
@@ -73,7 +73,7 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path, method):
             assert (theirs - ours).abs().max() < 1e-10
 
 
-def test_without_a_process_group_gather_does_nothing():
+def test_gather_without_process_group_returns_the_keys():
     keys = torch.randn(4, 3)
     assert gather(keys)[0] is keys and gather(keys)[1] == 0
 
@@ -82,7 +82,7 @@ def files(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def test_torchrun_trains_writes_once_and_evaluates_alike(flowers, capsys):
+def test_torchrun_writes_once_and_matches_evaluation_of_one_process(flowers, capsys):
     options = ["--data", flowers, *SMALL, "--workers", "1"]
     done = subprocess.run([*TORCHRUN, *options, "--lr", "0", "--epochs", "2", "--out", "whole"],
                           text=True, capture_output=True, timeout=200)
@@ -91,7 +91,7 @@ def test_torchrun_trains_writes_once_and_evaluates_alike(flowers, capsys):
     assert files(".") == ["flowers", "whole"]
     assert files("whole") == ["checkpoint.pt", "config.json", "eval.json", "metrics.csv",
                               "per_image.json", "run.png"]
-    # evaluated again in one process: the very same metrics
+    # evaluated again in one process: the same metrics
     results = json.loads(Path("whole/eval.json").read_text())
     evaluation.main(["all", "whole", "--workers", "0"])
     again = json.loads(Path("whole/eval.json").read_text())
@@ -104,22 +104,22 @@ def test_torchrun_trains_writes_once_and_evaluates_alike(flowers, capsys):
 
 @torch.no_grad()
 def check_losses(folder, dataset):
-    """metrics.csv has the mean over both processes; with a learning rate of 0 it is known."""
+    """Check that metrics.csv has the mean over both ranks, recomputed here at learning rate 0."""
     settings = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)["config"]
-    model, per_process = train.build_model(settings).train(), []
+    model, per_rank = train.build_model(settings).train(), []
     views = TwoViews(dataset, 16, settings["mean"], settings["std"], 0, settings["crop_min"])
     batches = Batches(len(dataset), 12, 0)
     for pairs in [pairs for batches.epoch in range(2) for pairs in batches]:
         view1, view2 = map(torch.stack, zip(*(views[pair] for pair in pairs)))
-        shares = [(view1[:6], view2[:6]), (view1[6:], view2[6:])]  # BatchNorm sees one of them
-        keys = [[model.global_key(share[view])[0] for share in shares] for view in (0, 1)]
-        per_process.append([sum(contrastive_loss(model.query(share[view]),
-                                                 torch.cat(keys[1 - view]), 0.2, 6 * rank)
-                                for view in (0, 1)).item()
-                            for rank, share in enumerate(shares)])
+        halves = [(view1[:6], view2[:6]), (view1[6:], view2[6:])]  # BatchNorm sees one of them
+        keys = [[model.global_key(half[view])[0] for half in halves] for view in (0, 1)]
+        per_rank.append([sum(contrastive_loss(model.query(half[view]),
+                                              torch.cat(keys[1 - view]), 0.2, 6 * rank)
+                             for view in (0, 1)).item()
+                         for rank, half in enumerate(halves)])
     with open(Path(folder, "metrics.csv")) as file:
         found = [float(row["global_loss"]) for row in csv.DictReader(file)]
-    losses = torch.tensor(per_process).unflatten(0, (2, 3))  # (epochs, steps, processes)
+    losses = torch.tensor(per_rank).unflatten(0, (2, 3))  # (epochs, steps, ranks)
     assert found == pytest.approx(losses.mean((1, 2)).tolist(), rel=1e-4)
     assert found != pytest.approx(losses[..., 0].mean(1).tolist(), rel=1e-3)
 
@@ -128,7 +128,7 @@ def check_losses(folder, dataset):
 @pytest.mark.parametrize("method", [[], [f"{BASELINES}:CVSA"],
                                     [f"{BASELINES}:PARTICLE", "--method-option", "parts=2"]],
                          ids=["lodisc", "CVSA", "PARTICLE"])
-def test_torchrun_killed_and_resumed_ends_as_an_undisturbed_run(method, flowers):
+def test_torchrun_resumes_bit_exactly_after_sigkill(method, flowers):
     options = ["--data", flowers / "train", *SMALL, "--workers", "1", "--epochs", "12",
                *["--method"] * bool(method), *method]
     process = subprocess.Popen([*TORCHRUN, *options, "--out", "killed"], text=True,
@@ -143,12 +143,12 @@ def test_torchrun_killed_and_resumed_ends_as_an_undisturbed_run(method, flowers)
     for more in (["--resume", "killed"], [*options, "--out", "whole"]):
         subprocess.run([*TORCHRUN, *more], check=True, capture_output=True, timeout=200)
     assert same(weights("killed"), weights("whole"))
-    # one process has other weights: BatchNorm sees whole batches there
+    # one process gets other weights, as its BatchNorm sees whole batches
     train.main([*map(str, options), "--out", "one"])
     assert not same(weights("one"), weights("whole"))
 
 
-def test_an_odd_share_is_refused():
+def test_batch_size_not_divisible_by_ranks_raises():
     given, defaults = train.parse_args([])
     config = {**defaults, **given}
     train.fill_defaults(config, torch.device("cpu"), 2000)

@@ -1,4 +1,4 @@
-"""The names, options, commands, links and shapes of the documentation are those of the code."""
+"""Names, options, commands, links and shapes in the documentation, against the code."""
 
 import importlib
 import inspect
@@ -89,17 +89,17 @@ def exists(name):
 @pytest.mark.parametrize("name", sorted({
     span for text in PAGES.values() for span in spans(text)
     if re.fullmatch(r"[A-Za-z_][\w./]*(\(\))?", span) and not re.match(NO_NAME, span)}))
-def test_names(name):
-    assert exists(name), f"the documentation names {name}, which is not there"
+def test_names_exist(name):
+    assert exists(name), f"the documentation names {name}, which does not exist"
 
 
-def test_links():
+def test_links_resolve():
     for path, text in PAGES.items():
         for target in re.findall(r"\]\(([^)#\s]+)", text):
             assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
-def test_options(capsys):
+def test_options_exist(capsys):
     known = {"--nproc_per_node", "--nproc", "--rounds", "--help"}
     for parse in (train.parse_args, evaluation.parse_args, experiments.parse_args):
         with pytest.raises(SystemExit):
@@ -111,7 +111,7 @@ def test_options(capsys):
 
 
 @pytest.mark.parametrize("line", all_commands())
-def test_commands(line):
+def test_commands_parse(line):
     for command in line.split("&&"):
         words = shlex.split(command.replace("...", ""))
         while "=" in words[0]:  # environment
@@ -134,8 +134,8 @@ def test_commands(line):
 
 
 @torch.no_grad()
-def test_shapes():
-    """Of the default run's batch, as the walk-through gives them."""
+def test_shapes_match_the_model():
+    """Check the walk-through's shapes for the default run's batch."""
     model, seen = LoDisc(create_vit("vit_nano", 48, 8), hidden_dim=512, output_dim=128), {}
     for name in ("query", "global_key", "local_key"):
         def call(*args, method=getattr(model, name), name=name):
@@ -155,7 +155,7 @@ def test_shapes():
 
 
 def test_python_blocks_run(few_birds, elsewhere):
-    """Those that make features of a run's checkpoint, and methods, which train for an epoch."""
+    """Run the blocks that extract features from a checkpoint; train the methods for an epoch."""
     blocks = [block for _, language, block in FENCED.findall(README) if language == "python"]
     Image.new("RGB", (60, 50), (90, 80, 200)).save("bird.jpg")
     small = ["--image-size", "16", "--epochs", "1", "--batch-size", "100", "--device", "cpu",

@@ -65,7 +65,7 @@ def test_importances_of_registry_match_full_attention():
 
 
 def product_in_float64(pairs):
-    """Log importance from the same q and k, in float64 and as log-softmax throughout."""
+    """Compute log importance from q and k in float64, as log-softmax throughout."""
     total = 0
     for q, k in pairs:
         q, k = q.double(), k.double()
@@ -78,8 +78,8 @@ def product_in_float64(pairs):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spread", [1, 20, 80])
 @pytest.mark.parametrize("layers", [12, 24])
-def test_product_orders_patches_as_float64_under_autocast(layers, dtype, spread):
-    """Logits that spread up to 80; q and k in half precision, as autocast makes them."""
+def test_product_under_autocast_orders_patches_as_in_float64(layers, dtype, spread):
+    """Use logits with a range of up to 80, and q and k in half precision, as under autocast."""
     pairs = []
     for _ in range(layers):
         q = torch.randn(2, 2, 1, 64)

@@ -1,4 +1,4 @@
-"""Nothing lost: runs that are killed, interrupted, or find their disk full."""
+"""Runs that are killed, interrupted, or run out of disk space."""
 
 import csv
 import os
@@ -27,7 +27,7 @@ SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--war
 
 
 class Killed(Exception):
-    """What a test raises in place of a SIGKILL."""
+    """Raised by a test in place of a SIGKILL."""
 
 
 def rows(folder):
@@ -44,7 +44,7 @@ def begin(*arguments, **options):
 
 
 def wait_for(process, start, count):
-    """Read what the run prints until so many lines more begin so; False at its end."""
+    """Read the output until `count` more lines begin with `start`; False if it ends before."""
     for line in process.stdout:
         count -= line.startswith(start)
         if count == 0:
@@ -59,8 +59,8 @@ def options_of(flowers, epochs, workers=0):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers, kills", [(0, 9), (2, 3)])
-def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(flowers, workers, kills):
-    """The first two kills fall into the first epoch."""
+def test_run_killed_at_random_times_resumes_bit_exactly(flowers, workers, kills):
+    """Kill twice in the first epoch, then later."""
     rng, epochs = random.Random(workers), 3 * kills + 3
     options = options_of(flowers, epochs, workers)
     process = begin(*options, "killed")
@@ -85,8 +85,8 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(flowers, work
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_loses_the_epoch_under_way_and_nothing_else(flowers, number):
-    """To the whole group, loading processes too, as a terminal's Ctrl-C."""
+def test_signal_loses_the_current_epoch_only(flowers, number):
+    """Send it to the whole process group, workers included, as Ctrl-C does."""
     options = options_of(flowers, 40, 2)
     process = begin(*options, "stopped", start_new_session=True)
     assert wait_for(process, "epoch", 2)
@@ -103,7 +103,7 @@ def test_a_signal_loses_the_epoch_under_way_and_nothing_else(flowers, number):
 
 
 @pytest.mark.parametrize("kill_at", [1, 3, 5])
-def test_a_run_killed_within_an_epoch_resumes_from_its_beginning(flowers, monkeypatch, kill_at):
+def test_run_killed_within_an_epoch_resumes_from_its_start(flowers, monkeypatch, kill_at):
     options = options_of(flowers, 3)
     train.main([*options, "whole"])
     done, real = [], LoDisc.update_momentum
@@ -124,13 +124,13 @@ def test_a_run_killed_within_an_epoch_resumes_from_its_beginning(flowers, monkey
     assert same(weights("whole"), weights("part")) and rows("whole") == rows("part")
 
 
-def test_only_settings_of_place_may_change_with_resume(flowers, capsys):
+def test_only_movable_settings_change_with_resume(flowers, capsys):
     options = options_of(flowers, 2)
     train.main([*options, "run"])
     for odd in (["--epochs", "3"], ["--seed", "1"], ["--method", "global"]):
         with pytest.raises(UserError, match=f"other settings for {odd[0][2:]}"):
             train.main(["--resume", "run", *odd])
-    train.main(["--resume", "run", *options[:-1]])  # the very same settings
+    train.main(["--resume", "run", *options[:-1]])  # the same settings
     shutil.move(flowers, "moved")
     train.main(["--resume", "run", "--data", "moved/train", "--workers", "1", "--device", "cpu"])
     config = torch.load("run/checkpoint.pt", weights_only=True)["config"]
@@ -140,7 +140,7 @@ def test_only_settings_of_place_may_change_with_resume(flowers, capsys):
         train.main(["--resume", "run"])
 
 
-def test_a_copied_checkpoint_works_alone(flowers, capsys):
+def test_copied_checkpoint_needs_no_other_file(flowers, capsys):
     options = ["--data", str(flowers), *SMALL, "--epochs", "1", "--workers", "0", "--out"]
     train.main([*options, "run"])
     Path("copy").mkdir()
@@ -154,7 +154,7 @@ def test_a_copied_checkpoint_works_alone(flowers, capsys):
         "run.png"]
 
 
-def test_what_is_no_run_is_refused(flowers, tmp_path):
+def test_resume_of_invalid_run_raises(flowers, tmp_path):
     Path("empty").mkdir()
     with pytest.raises(UserError, match="no such file"):
         train.main(["--resume", "empty"])
@@ -166,7 +166,7 @@ def test_what_is_no_run_is_refused(flowers, tmp_path):
             train.main(["--resume", "empty"])
 
 
-def test_metrics_are_cut_back_to_the_checkpoint(flowers):
+def test_metrics_csv_is_truncated_to_the_checkpoint(flowers):
     train.main([*options_of(flowers, 2), "run"])
     table = rows("run")
     with open("run/metrics.csv", "a") as file:
@@ -175,7 +175,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(flowers):
     assert rows("run") == table
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(flowers):
+def test_full_disk_raises_one_line_and_leaves_no_partial_file(flowers):
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
@@ -186,14 +186,14 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(flowers):
     assert sorted(p.name for p in Path("full").iterdir()) == ["config.json"]
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(flowers):
-    Path("file").touch()  # not a read-only folder: root, as in a container, may write anywhere
+def test_uncreatable_folder_raises_one_line(flowers):
+    Path("file").touch()  # not a read-only folder, where root can write
     with pytest.raises(UserError, match="file/run"):
         train.main([*options_of(flowers, 1), "file/run"])
 
 
-def test_a_checkpoint_has_the_film_and_the_random_state(flowers, monkeypatch):
-    """Masks of every epoch, and torch's random state, for what a fork may draw."""
+def test_checkpoint_has_film_and_random_state(flowers, monkeypatch):
+    """Check the masks of every epoch, and torch's random state, which a method may draw from."""
     options = options_of(flowers, 4)
     train.main([*options, "whole"])
     checkpoint = torch.load("whole/checkpoint.pt", weights_only=True)
@@ -233,7 +233,7 @@ def test_a_checkpoint_has_the_film_and_the_random_state(flowers, monkeypatch):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nan_never_reaches_a_checkpoint(flowers, monkeypatch, what):
-    """Also if the loss is finite and its gradient is not."""
+    """Check a loss that is NaN, and a finite loss whose gradient is NaN."""
     done, real = [], LoDisc.forward
 
     def forward(self, *args):

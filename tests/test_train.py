@@ -1,4 +1,4 @@
-"""The two scripts as a user runs them, on a real ImageFolder in small."""
+"""train.py and eval.py as a user runs them, on a small ImageFolder."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def run(*arguments):
                           capture_output=True, text=True, timeout=200)
 
 
-def test_a_run_leaves_checkpoint_metrics_and_results(flowers, capsys):
+def test_run_writes_checkpoint_metrics_and_results(flowers, capsys):
     train.main(["--data", str(flowers), *SMALL])
     folder = Path("runs/flowers-lodisc-1")
     printed = capsys.readouterr().out
@@ -63,7 +63,7 @@ def test_a_run_leaves_checkpoint_metrics_and_results(flowers, capsys):
     assert torch.equal(momentum.norm.weight, online["momentum_encoder.norm.weight"])
     assert not torch.equal(encoder.norm.weight, momentum.norm.weight)
 
-    train.main(["--data", str(flowers), *SMALL])  # a second run is beside the first
+    train.main(["--data", str(flowers), *SMALL])  # the second run has its own folder
     assert same(online, weights("runs/flowers-lodisc-2"))
 
     before = (folder / "checkpoint.pt").stat().st_mtime_ns
@@ -79,7 +79,7 @@ def test_a_run_leaves_checkpoint_metrics_and_results(flowers, capsys):
     after = json.loads((folder / "eval.json").read_text())
     assert after.pop("momentum").keys() == {"linear", "knn"}
     assert after.pop("mean").keys() == {"knn"}
-    assert after == {**again, str(Path("other").resolve()): {"knn": again["knn"]}}  # beside its own
+    assert after == {**again, str(Path("other").resolve()): {"knn": again["knn"]}}  # under its key
     with pytest.raises(UserError, match="--device quantum: "):
         evaluation.main(["masks", str(folder), "--device", "quantum"])
     with pytest.raises(UserError, match="--image-size is for published weights"):
@@ -94,8 +94,8 @@ def test_a_run_leaves_checkpoint_metrics_and_results(flowers, capsys):
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == before
 
 
-def test_weights_move_as_the_recipe_says(flowers):
-    """Warm-up from 0, the EMA, frozen parts, and a loss that comes from the data."""
+def test_weights_follow_the_schedules(flowers):
+    """Check frozen parameters, the EMA, and warm-up and cosine of the learning rate."""
     train.main(["--data", str(flowers), *SMALL, "--out", "a"])
     settings = json.loads(Path("a/config.json").read_text())
     start, end = train.build_model(settings).state_dict(), weights("a")
@@ -112,8 +112,8 @@ def test_weights_move_as_the_recipe_says(flowers):
 
 @pytest.mark.parametrize("batch_size", [12, 6])
 @pytest.mark.parametrize("own", [[], ["--encoder-lr", "2e-5"]])
-def test_each_group_of_the_optimiser_follows_its_schedule(flowers, monkeypatch, batch_size, own):
-    """Heads per 256 images, the encoder's peak at any batch size; warm-up and cosine."""
+def test_optimiser_groups_follow_their_schedules(flowers, monkeypatch, batch_size, own):
+    """Check warm-up and cosine; --lr is per 256 images, --encoder-lr for any batch size."""
     seen, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (
         seen.append([group["lr"] for group in self.param_groups]), step(self, *a, **k))[1])
@@ -135,7 +135,7 @@ def test_every_trained_parameter_is_in_one_group():
     assert heads == {id(p) for m in (model.projector, model.predictor) for p in m.parameters()}
 
 
-def test_a_last_batch_that_is_not_full_is_left_out(flowers):
+def test_incomplete_last_batch_is_dropped(flowers):
     extra = flowers / "train" / "class 0" / "extra.jpg"
     extra.write_bytes((flowers / "train" / "class 0" / "0.jpg").read_bytes())
     train.main(["--data", str(flowers / "train"), *SMALL, "--out", "run"])  # 37 = 3 * 12 + 1
@@ -160,7 +160,7 @@ def test_every_variant_trains(flowers, options):
 
 
 @pytest.mark.parametrize("mask", ["location", pytest.param("random", marks=pytest.mark.slow)])
-def test_same_seed_same_weights_with_any_number_of_workers(flowers, mask):
+def test_weights_depend_on_the_seed_but_not_on_workers(flowers, mask):
     for name, options in (("0", []), ("1", ["--workers", "1"]), ("2", ["--workers", "2"]),
                           ("other", ["--seed", "1"])):
         train.main(["--data", str(flowers / "train"), *SMALL, "--mask", mask, *options, "--out",
@@ -215,12 +215,12 @@ def test_recipes_with_init(patch_size, image_size, on_gpu, monkeypatch, capsys):
     assert {name: config[name] for name in expected} == expected
 
 
-def test_the_default_peak_never_grows_with_the_batch():
+def test_default_peak_rate_does_not_grow_with_batch_size():
     for batch_size, peak in ((1024, 1e-3), (256, 1e-3), (64, 2.5e-4)):
         config = chosen("--data", "DIR", "--batch-size", str(batch_size), device="cuda")
         assert config["lr"] * batch_size / 256 == pytest.approx(peak) == config["encoder_lr"]
     config = chosen("--data", "DIR", "--batch-size", "1024", "--lr", "1e-3", device="cuda")
-    assert config["encoder_lr"] == pytest.approx(4e-3)  # as it was asked for
+    assert config["encoder_lr"] == pytest.approx(4e-3)  # as requested
 
 
 def test_warmup_is_a_sixth_of_all_steps(flowers, elsewhere, monkeypatch):
@@ -232,8 +232,8 @@ def test_warmup_is_a_sixth_of_all_steps(flowers, elsewhere, monkeypatch):
     assert set(seen) == {(2, 12)}
 
 
-def test_a_step_that_the_scaler_skips_is_not_counted(flowers, monkeypatch, capsys):
-    """float16 with an infinite gradient in the second of six steps."""
+def test_step_skipped_by_the_scaler_is_not_counted(flowers, monkeypatch, capsys):
+    """Use float16 with an infinite gradient in the second of six steps."""
     done, real = [], LoDisc.forward
 
     def forward(self, *args):
@@ -254,7 +254,7 @@ def test_a_step_that_the_scaler_skips_is_not_counted(flowers, monkeypatch, capsy
     assert step == 5
 
 
-def test_progress_has_the_time_that_is_left(capsys, monkeypatch):
+def test_progress_has_the_remaining_time(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
     log, output = train.Log(0, 6, 17, 64), train_output(2.0)
@@ -292,7 +292,7 @@ def test_precision_follows_the_device(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("local_input", ["pixels", "tokens"])
-def test_compiled_passes_give_the_same(local_input):
+def test_compiled_passes_match_eager(local_input):
     def step(compiled):
         torch.manual_seed(0)
         encoder = VisionTransformer(32, 8, dim=48, depth=2, heads=3)
@@ -307,11 +307,11 @@ def test_compiled_passes_give_the_same(local_input):
 
     for plain, compiled in zip(step(False), step(True), strict=True):
         error = (plain.float() - compiled.float()).abs().max()
-        assert error < 1e-5 * plain.float().abs().max().clamp_min(1)  # near 0, the token's is steep
+        assert error < 1e-5 * plain.float().abs().max().clamp_min(1)  # LayerNorm is steep near 0
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
-def test_nothing_that_exists_is_overwritten(flowers):
+def test_existing_folder_is_not_overwritten(flowers):
     Path("mine").mkdir()
     (Path("mine") / "notes.txt").write_text("keep me")
     with pytest.raises(UserError, match="exists"):
@@ -336,22 +336,22 @@ def test_nothing_that_exists_is_overwritten(flowers):
     (["--device", "quantum"], "quantum"),
     (["--resume", "missing"], "missing"),
 ])
-def test_mistakes_are_one_line_that_says_what(flowers, options, says):
+def test_invalid_settings_raise_one_line(flowers, options, says):
     with pytest.raises(UserError) as error:
         train.main(["--data", str(flowers / "train"), *SMALL, *options])
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not Path("runs").exists()
 
 
-def test_image_files_are_for_masks_alone(flowers):
+def test_image_files_are_for_masks_only(flowers):
     train.main(["--data", str(flowers / "train"), *SMALL, "--out", "run"])
     with pytest.raises(UserError, match="image files are only for masks"):
         evaluation.main(["linear", "run", "a.jpg"])
 
 
 def test_scripts_from_the_shell(flowers):
-    """A mistake ends with one line and status 2; --help names the authors' values; an error that
-    is no user's mistake keeps its traceback."""
+    """Check that a user's mistake ends with one line and status 2, that other errors keep their
+    traceback, and that --help has the authors' values."""
     failed = run("train.py", "--data", "missing")
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
     assert "Traceback" not in failed.stderr and "missing" in failed.stderr
@@ -368,8 +368,8 @@ def test_scripts_from_the_shell(flowers):
 
 
 @pytest.mark.slow
-def test_processes_that_are_spawned_rather_than_forked(flowers):
-    """As on macOS and Windows: the data set travels to the workers pickled."""
+def test_spawned_workers_match_forked(flowers):
+    """Spawn workers as on macOS and Windows, where the data set is pickled for them."""
     code = ("import sys, torch.multiprocessing as mp; sys.path.insert(0, sys.argv[1])\n"
             "import train\n"
             "if __name__ == '__main__':\n"

@@ -13,7 +13,7 @@ from lodisc import (IMAGENET_MEAN, IMAGENET_STD, Attention, Block, UserError, Vi
 
 
 def torchvision_weights(model):
-    """torchvision's vit_b_16 parameters under timm's names."""
+    """Return torchvision's vit_b_16 parameters under timm's names."""
     renames = (("encoder.layers.encoder_layer_", "blocks."), ("ln_1", "norm1"), ("ln_2", "norm2"),
                ("self_attention.in_proj_", "attn.qkv."), ("self_attention.out_proj", "attn.proj"),
                ("mlp.0", "mlp.fc1"), ("mlp.3", "mlp.fc2"), ("conv_proj", "patch_embed.proj"),
@@ -127,7 +127,7 @@ def test_class_token_of_tokens_equals_forward(dtype, tolerance, kept, attention)
 
 def test_tokens_are_normalised_outputs_of_last_block():
     encoder, outputs = create_vit("vit_nano", 32, 8), []
-    torch.nn.init.normal_(encoder.norm.bias)  # unlike the norms of the blocks
+    torch.nn.init.normal_(encoder.norm.bias)  # to differ from the blocks' norms
     encoder.blocks[-1].register_forward_hook(lambda module, args, out: outputs.append(out[0]))
     tokens = encoder.tokens(torch.randn(2, 3, 32, 32))[0]
     assert torch.equal(tokens, encoder.norm(outputs[0]))

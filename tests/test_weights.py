@@ -1,4 +1,4 @@
-"""Published weights in and out: stand-ins with the full name lists of the released files."""
+"""Published weights, loaded and exported: stand-ins with all names of the released files."""
 
 import argparse
 import pickle
@@ -26,7 +26,7 @@ NANO = ["--arch", "vit_nano", "--patch-size", "8", "--warmup-epochs", "0", *SMAL
 
 
 def new_encoder(size=SIZE, patch=PATCH, width=WIDTH, depth=DEPTH, heads=HEADS):
-    """All parameters random, so that no two tensors can be mixed up unseen."""
+    """Return an encoder with random parameters everywhere, so that swapped tensors are noticed."""
     encoder = VisionTransformer(size, patch, width, depth, heads)
     for parameter in encoder.parameters():
         nn.init.normal_(parameter, std=0.05)
@@ -34,7 +34,7 @@ def new_encoder(size=SIZE, patch=PATCH, width=WIDTH, depth=DEPTH, heads=HEADS):
 
 
 def vit_names(depth=DEPTH, scales=()):
-    """timm's VisionTransformer without its head, also DeiT's and DINO's: 4 + 12 per layer + 2."""
+    """Return timm's names without the head, also DeiT's and DINO's: 4 + 12 per layer + 2."""
     layer = ["norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight",
              "attn.proj.bias", "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias",
              "mlp.fc2.weight", "mlp.fc2.bias", *scales]
@@ -44,7 +44,7 @@ def vit_names(depth=DEPTH, scales=()):
 
 
 def mlp_names(linears, affine):
-    """MoCo v3's heads: linear, BatchNorm, ReLU, ...; the last BatchNorm without affine."""
+    """Return the names of MoCo v3's heads: linear, BatchNorm, ReLU, ...; affine: the last one's."""
     names = []
     for i in range(linears):
         norm = ["running_mean", "running_var", "num_batches_tracked"]
@@ -185,7 +185,7 @@ def test_torchvision_features_are_equal(tmp_path, wrapped):
 
 
 def dinov2_file(dtype, depth=2, width=384, side=37):
-    """The names and sizes of dinov2_vits14_pretrain.pth, but its depth."""
+    """Return tensors with dinov2_vits14_pretrain.pth's names and sizes, except for the depth."""
     shapes = {**{name: tensor.shape for name, tensor in
                  new_encoder(14 * side, 14, width, depth, 6).state_dict().items()},
               **{f"blocks.{i}.ls{j}.gamma": (width,) for i in range(depth) for j in (1, 2)},
@@ -199,7 +199,7 @@ def dinov2_file(dtype, depth=2, width=384, side=37):
 
 
 def dinov2_features(state, images, heads=6, patch=14):
-    """A DINOv2 forward that applies the layer scale where the paper's code does."""
+    """Compute DINOv2's features with explicit layer scale, as in the released code."""
     state = {name: tensor.float() for name, tensor in state.items()}
     positions, side = state["pos_embed"], images.shape[-1] // patch
     grid = positions[0, 1:].T.reshape(1, -1, 37, 37)
@@ -243,7 +243,7 @@ def test_dinov2_features_equal_explicit_layer_scale(tmp_path, dtype, image_size)
     assert load_encoder(tmp_path / "vits14.pth").image_size == 518
 
 
-# --- tensors that do not fit, and files that are none -----------------------------------------
+# --- tensors that do not fit, and invalid files -----------------------------------------------
 
 
 ODD = {  # name: (change of a timm state dict, match)
@@ -284,7 +284,7 @@ def test_tensors_that_do_not_fit_are_named_in_one_line(tmp_path, name):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_files_that_are_no_weights_are_refused(tmp_path):
+def test_invalid_files_raise(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_encoder(tmp_path / "none.pth")
     with pytest.raises(UserError, match="no such file"):  # a folder without checkpoint.pt
@@ -350,7 +350,7 @@ def test_resize_positions_keeps_the_geometry():
         resized = resize_positions(positions, side)
         assert resized.shape == (1, 1 + side * side, 2) and (resized[0, 0] == 7).all()
         grid = resized[0, 1:].reshape(side, side, 2)
-        middle = (torch.arange(side) + 0.5) * 14 / side - 0.5  # of the new patches, in old ones
+        middle = (torch.arange(side) + 0.5) * 14 / side - 0.5  # new centres in old patches
         inner = slice(side // 6, side - side // 6)
         assert (grid[0, inner, 0] - middle[inner] / 13).abs().max() < 0.01
         assert (grid[inner, 0, 1] - middle[inner] / 13).abs().max() < 0.01
@@ -399,7 +399,7 @@ def test_init_trains_all_weights_of_the_file(flowers, capsys):
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_run_outlives_the_file_of_its_initial_weights(flowers, monkeypatch, capsys):
+def test_run_resumes_without_its_init_file(flowers, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "STRENGTHS", (1.0,))
     file = new_encoder(24, 8, 96, 4, 3)
     torch.save({"state_dict": file.state_dict(), "config": sizes(file)}, "nano.pth")
@@ -589,7 +589,7 @@ def test_masks_of_a_weights_file_keep_its_pivotal_patches(flowers, weights_file,
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_an_encoder_built_from_a_file_trains_in_lodisc(tmp_path):
+def test_loaded_encoder_trains_in_lodisc(tmp_path):
     torch.save(backbone(new_encoder(depth=1)), "file.pth")
     model = LoDisc(load_encoder("file.pth"), hidden_dim=8, output_dim=8)
     model(*torch.randn(2, 4, 3, SIZE, SIZE)).total.backward()
