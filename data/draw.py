@@ -116,6 +116,7 @@ def curves(pen, box, lines, levels, label, font):
     for epoch in range(0, epochs + 1, math.ceil(epochs / 6)):
         pen.text((at(epoch, low)[0], bottom + 6), str(epoch), "black", font, anchor="mt")
     pen.text(((left + right) / 2, bottom + 26), "epoch", "black", font, anchor="mt")
+    pen.text((left - 6, top - 12), "loss", "black", font, anchor="rs")
     for level in sorted(set(levels.values())):
         for x in range(left, right, 12):
             pen.line([(x, at(0, level)[1]), (x + 6, at(0, level)[1])], GREY, 2)
@@ -145,7 +146,10 @@ def bars(pen, box, rows, font):
                      anchor="mb")
     for j, metric in enumerate(names):
         pen.text((left + group * (j + 0.5), bottom + 6), metric, "black", font, anchor="mt")
-    pen.line([(left, bottom), (right, bottom)], "black")
+    for value in (0, 0.5, 1):
+        pen.text((left - 6, bottom - (bottom - top) * value), f"{value:g}", "black", font,
+                 anchor="rm")
+    pen.line([(left, top), (left, bottom), (right, bottom)], "black")
 
 
 def run_sheet(history, levels, metrics, images, film):
