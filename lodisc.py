@@ -10,9 +10,9 @@ Read it from top to bottom; the order is that of the paper's overview figure:
     5. Loss, and class LoDisc      global + local contrastive loss, the whole figure in one forward
     6. Published weights           load_encoder
 
-The method is MoCo v3 on a ViT plus a local branch: the momentum encoder sees each view once more
-with only its pivotal patches, and the online encoder's view of the OTHER augmentation must match
-it. Shapes: B images, N patches, D features, h heads, d = D / h, k kept patches, C projections.
+The method is MoCo v3 on a ViT plus a local branch: the momentum encoder encodes each view once
+more with only its pivotal patches, and the query of the OTHER view must match that key too.
+Shapes: B images, N patches, D features, h heads, d = D / h, k kept patches, C projections.
 
 MoCo v3 is arXiv 2104.02057 (branches, loss, initialisation), ViT 2010.11929, BYOL 2006.07733,
 attention rollout 2005.00928; parameter names and sizes are timm's.
@@ -509,7 +509,7 @@ class LoDisc(nn.Module):
         require(len(view1) > 1, "a batch of one image has no negatives and no batch statistics; "
                 "give two or more")
         query1, query2 = self.query(view1), self.query(view2)  # z_q (B, C)
-        with torch.no_grad():
+        with torch.no_grad():  # stop-gradient
             key1, local1, mask1 = self.momentum_side(view1, generator)
             key2, local2, mask2 = self.momentum_side(view2, generator)
 

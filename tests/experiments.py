@@ -277,7 +277,7 @@ def pictures(seed):
     rows, images = {"image": (birds, None)}, torch.stack([normalise(bird) for bird in birds])
     for name, folder in folders.items():
         importance = evaluation.importance_of(load_encoder(folder, True), images, "product")
-        rows[f"kept by\n{name}"] = birds, location_mask(importance, config["keep_ratio"])
+        rows[f"{name}:\n10 of 36\npatches"] = birds, location_mask(importance, config["keep_ratio"])
     for name, page in (("method", overview(folders["LoDisc"], data.train)),
                        ("masks", sheet(rows, tile=180))):
         page.quantize(128).save(ROOT / "tests" / "pictures" / f"{name}.png", optimize=True)

@@ -98,27 +98,36 @@ def overview(folder, dataset, shown=90):
     # the global branch
     for y, index, values, lines, colour in (
             (QUERY, "q", query, ("projector, predictor", "LoDisc.query"), BLUE),
-            (KEY, "k", key, ("projector (EMA)", "LoDisc.global_key, stop-gradient"), ORANGE)):
+            (KEY, "k", key, ("projector (EMA)", "LoDisc.global_key"), ORANGE)):
         page.box(320, y, index, colour)
         page.arrow((365, y), (Z - 74, y))
         page.text(670, y - 14, lines[0])
         page.text(670, y + 16, lines[1])
         page.vector(Z, y, values[i], index, shape(values), colour)
-    page.arrow((320, QUERY + 30), (320, KEY - 30))
-    page.text(410, (QUERY + KEY) // 2 - 10, "EMA", "momentum_update")
+    for y in range(QUERY + 32, KEY - 44, 14):  # dashed: of weights, not of data
+        page.pen.line(((320, y), (320, y + 7)), "black", 2)
+    page.arrow((320, KEY - 42), (320, KEY - 31))
+    page.text(425, (QUERY + KEY) // 2 - 20, "EMA of f_q's weights,", "after each step:",
+              "momentum_update")
     page.text(Z, 190, f"global loss  {losses[0]:.2f}", "contrastive_loss")
     page.arrow((Z, QUERY + 40), (Z, 176))
     page.arrow((Z, KEY - 60), (Z, 224))
 
+    page.text(600, 24, "with gradient", colour=BLUE)
+    page.text(790, 24, "momentum side: stop-gradient", colour=ORANGE)
+
     # pivotal regions
-    page.arrow((320, KEY + 30), (320, 454))
+    page.arrow((80, KEY + 66), (80, 420), (808, 420), (808, LOCAL - 48))
+    page.pen.line(((320, 410), (320, 430)), "white", 14)  # the arrows cross
+    page.arrow((320, KEY + 30), (320, LOCAL - 50))
     for layer, attention in enumerate(attentions):
         x = 58 + 106 * layer
         page.tile(x, LOCAL, heat_map(class_row(attention)[i], images[1]), MAP)
         page.text(x, LOCAL - 56, f"layer {layer + 1}")
-    for x in range(111, 400, 106):
-        page.text(x, LOCAL - 1, "x")
-    page.text(217, 470, f"attention_weights, {shape(attentions[0])} each")
+    for x in range(111, 400, 106):  # times
+        page.pen.line(((x - 4, LOCAL - 4), (x + 4, LOCAL + 4)), "black", 2)
+        page.pen.line(((x - 4, LOCAL + 4), (x + 4, LOCAL - 4)), "black", 2)
+    page.text(178, 452, "attention_weights", f"{shape(attentions[0])} per layer")
     page.arrow((424, LOCAL), (464, LOCAL))
     maps = (("attention_product", importance, heat_map(importance[i], images[1])),
             ("location_mask", mask, kept_patches(mask[i], Image.new("RGB", (MAP, MAP), "white"))))
@@ -126,16 +135,14 @@ def overview(folder, dataset, shown=90):
         x = 512 + 148 * j
         page.tile(x, LOCAL, picture, MAP)
         page.text(x, LOCAL - 58, name)
-        page.text(x, LOCAL + 58, shape(values))
+        page.text(x, LOCAL + 58, shape(values), *["logarithm"] * (values is importance))
         page.arrow((x + 48, LOCAL), (x + 100, LOCAL))
     # the local branch
     page.tile(808, LOCAL, images[2], MAP)
     page.text(800, LOCAL + 58, "mask_pixels", shape(masked))
-    page.arrow((80, KEY + 66), (80, 420), (808, 420), (808, LOCAL - 48))
     page.arrow((856, LOCAL), (884, LOCAL))
     page.box(929, LOCAL, "l", ORANGE)
-    page.text(950, LOCAL + 48, "= f   , projector", "LoDisc.local_key", "stop-gradient")
-    page.text(919, LOCAL + 55, "k")
+    page.text(950, LOCAL + 48, "f_l is f_k again,", "projector (EMA)", "LoDisc.local_key")
     for x, y, title in ((670, 207, "global branch"), (586, 470, "pivotal regions"),
                         (929, 505, "local branch")):
         page.text(x, y, title, font=BOLD, colour=GREY)
@@ -143,5 +150,5 @@ def overview(folder, dataset, shown=90):
     page.vector(Z, LOCAL, local[i], "l", shape(local), ORANGE)
     page.text(Z, 440, f"local loss  {losses[1]:.2f}", "contrastive_loss")
     page.arrow((Z, LOCAL - 64), (Z, 474))
-    page.arrow((Z + 70, QUERY), (Z + 120, QUERY), (Z + 120, 450), (Z + 82, 450))
+    page.arrow((Z + 70, QUERY), (Z + 120, QUERY), (Z + 120, 450), (Z + 72, 450))
     return page.image
