@@ -629,8 +629,7 @@ def load_encoder(path, momentum=False, image_size=None) -> VisionTransformer:
     momentum    take the momentum (or teacher's) encoder
     image_size  pixels per side, the file's by default; positions are interpolated
     The result has `mean` and `std` of its input, `config` (this project's, else {}) and `source`,
-    one line on what was read. Raises UserError for another format and for tensors that do not fit.
-    """
+    a line on what was read. Raises UserError for another format or tensors that do not fit."""
     contents = read_weights(path)
     config = contents.get("config")
     config = config if isinstance(config, dict) and "heads" in config else {}
@@ -676,5 +675,6 @@ def load_encoder(path, momentum=False, image_size=None) -> VisionTransformer:
         raise UserError(f"{path} ({kind}) does not fit the encoder: {reason[:300]}") from None
     encoder.mean, encoder.std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
     encoder.config, left_out = config, ", ".join(sorted(left_out)) or "nothing"
-    encoder.source = f"{path}: {kind}{', momentum encoder' * momentum}; left out: {left_out}"
+    kind += f"{', momentum encoder' * momentum}, {depth} layers of width {dim}"
+    encoder.source = f"{path}: {kind}; left out: {left_out}"
     return encoder.eval()

@@ -14,6 +14,8 @@ import itertools
 import json
 import math
 import os
+import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -60,8 +62,7 @@ NEW_RUN = "runs/<data>-<method>-<n>"
 
 def parse_args(argv=None):
     """Return (settings given on the command line, defaults of all settings)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     epilog="Recipes for a laptop and for the paper: README.md")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="See README.md")
     defaults = {}
 
     def add(name, default, kind, text, authors=None):
@@ -190,7 +191,7 @@ def check_settings(config, processes):
         value, high, step = config[name], most.get(name, math.inf), steps.get(name)
         require(low <= value <= high and not (step and value % step),
                 f"--{name.replace('_', '-')} must be in [{low}, {high}]"
-                + f" and a multiple of {step}" * bool(step) + f", got {value}", UserError)
+                + f" and a multiple of {step}" * ((step or 1) > 1) + f", got {value}", UserError)
     require(config["method"] not in METHODS or not config["method_options"],
             f"--method-option is for FILE.py:CLASS, not --method {config['method']}", UserError)
 
@@ -397,7 +398,8 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
 
 def evaluate_run(config, data, folder, device):
     """Evaluate raw pixels and the encoder before and after training alike, and print the table."""
-    print("evaluating raw pixels and the encoder before and after training")
+    print("evaluating raw pixels and the encoder before and after training; to repeat it: "
+          f"python train.py --resume {shlex.quote(str(folder))}")
     rows = evaluate(compared_encoders(config, load_encoder(folder)), data,
                     [config[name] for name in ("image_size", "mean", "std")], "all", device,
                     config["workers"], config["seed"])
@@ -461,7 +463,13 @@ def main(argv=None):
             draw_run(config, levels, history, film, rows, data.train).save(folder / "run.png")
             print(f"wrote {folder / 'run.png'}")
     except KeyboardInterrupt:
-        raise UserError(f"interrupted; continue by python train.py --resume {folder}") from None
+        raise UserError("interrupted; continue with: python train.py --resume "
+                        + shlex.quote(str(folder))) from None
+    except UserError:
+        metrics = folder / "metrics.csv"
+        if rank == 0 and not checkpoint and not (metrics.exists() and metrics.read_text()):
+            shutil.rmtree(folder)  # no epoch to resume from
+        raise
 
 
 if __name__ == "__main__":

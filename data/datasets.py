@@ -15,7 +15,6 @@ from torchvision.datasets.utils import download_and_extract_archive
 from data.birds import BIRD, GROUND, Birds
 from lodisc import UserError, require
 
-TRAIN_BIRDS, TEST_BIRDS = 2000, 1000
 CALTECH_TRAIN = 30  # images per class, the usual protocol
 SMALL = 32 * 2**20  # bytes of files: up to this size a data set stays decoded in memory
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
@@ -48,7 +47,7 @@ def open_image(path):
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is no readable image ({reason}); repair or remove it") from None
+        raise UserError(f"{path} is not a readable image ({reason})") from None
 
 
 @lru_cache(maxsize=None)
@@ -90,7 +89,7 @@ def load_folder(root):
     """Read a folder in torchvision's ImageFolder layout, or with fewer folders than that.
 
     root/train/<class>/*.jpg with root/test/ or root/val/ alike: trained on and evaluated.
-    Without labels or without a split: trained on, and the note says what evaluation lacks."""
+    Else trained on: the note says what evaluation lacks; class folders serve --held-out."""
     root = Path(root)
     require(root.is_dir(), f"--data {root}: no such folder; expected {', '.join(NAMES)}, or a "
             "folder with train/ and test/, see data/README.md", UserError)
@@ -98,14 +97,16 @@ def load_folder(root):
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     labelled = train != root and test and all(map(has_class_folders, (train, test)))
     try:
-        found = [ImageFolder(train), ImageFolder(test)] if labelled else [FlatFolder(train)]
+        found = ([ImageFolder(train), ImageFolder(test)] if labelled else
+                 [ImageFolder(train, allow_empty=True)] if has_class_folders(train) else
+                 [FlatFolder(train)])
     except FileNotFoundError as error:  # torchvision's error for a folder without images
         raise UserError(f"--data {root}: {str(error).splitlines()[0]}") from None
     sets = [Images([path for path, _ in split.samples], split.targets, split.classes)
             for split in found]
     if not labelled:
         return Data(*sets, None, f"{root} has no train/ and test/ (or val/) with a folder for each "
-                    "class: training without evaluation (layout: data/README.md)")
+                    "class (layout: data/README.md; or, with class folders, --held-out)")
     odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))
     require(not odd, f"--data {root}: train/ and {test.name}/ must have the same classes; only one "
             f"of them has {', '.join(odd[:5])}", UserError)
@@ -217,7 +218,7 @@ def load_data(name, root="datasets", download=False, held_out=False):
     held_out: train on four fifths of every class's training images and test on the others; the
     real test images are not opened. For choosing settings. Raises UserError."""
     if name == "synthetic":
-        data = Data(Birds("train", TRAIN_BIRDS), Birds("test", TEST_BIRDS))
+        data = Data(Birds("train", 2000), Birds("test", 1000))
     elif name not in NAMED:
         data = load_folder(name)
     else:
@@ -229,7 +230,7 @@ def load_data(name, root="datasets", download=False, held_out=False):
                             f"{root}: {expected} (see data/README.md)") from None
     if not held_out:
         return data
-    require(data.test is not None, f"--held-out needs labels: {data.note}", UserError)
+    require(len(set(data.train.targets)) > 1, f"--held-out needs classes: {data.note}", UserError)
     return Data(*hold_out(data.train))
 
 

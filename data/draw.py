@@ -76,7 +76,7 @@ def sheet(rows, names=(), tile=TILE):
 
 def mask_sheet(images, importance, masks):
     """Return rows of images, their importance (n, N) and, unless None, their masks (n, N)."""
-    rows = {"image": (images, None), "importance": (images, importance)}
+    rows = {"image": (images, None), "importance,\nhigh: yellow": (images, importance)}
     if masks is not None:
         counts = masks.sum(1)
         kept = f"{counts.min()}" + f" to {counts.max()}" * bool(counts.min() < counts.max())
@@ -112,7 +112,8 @@ def curves(pen, box, lines, levels, label, font):
 
     pen.line([(left, top), (left, bottom), (right, bottom)], "black")
     for value in np.linspace(low + margin, high - margin, 5):
-        pen.text((left - 6, at(0, value)[1]), f"{value:.2f}", "black", font, anchor="rm")
+        digits = 2 if high - low > 0.5 else 3
+        pen.text((left - 6, at(0, value)[1]), f"{value:.{digits}f}", "black", font, anchor="rm")
     for epoch in range(0, epochs + 1, math.ceil(epochs / 6)):
         pen.text((at(epoch, low)[0], bottom + 6), str(epoch), "black", font, anchor="mt")
     pen.text(((left + right) / 2, bottom + 26), "epoch", "black", font, anchor="mt")
@@ -177,6 +178,7 @@ def run_sheet(history, levels, metrics, images, film):
     else:
         pen.text((box[0], box[1]), "not evaluated", "black", large)
     step = min(FRAME, WIDTH // (len(film) + 1))
+    pen.text((WIDTH, HEIGHT - 6), "patches kept (momentum encoder)", GREY, font, anchor="rb")
     heads = ["image", *(f"epoch {epoch}" for epoch, _ in film)]
     for x, head in enumerate(heads):
         pen.text((x * step + step / 2, HEIGHT + 16), head, "black", large, anchor="mm")

@@ -290,7 +290,7 @@ def parse_args(argv=None):
     add("data", nargs="?", default="synthetic")
     add("--data-root", help="as for train.py")
     add("--init", type=train.absolute, help="as for train.py, in all rows")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: print what is stored")
     add("--rows", nargs="+", help="run only these rows (default: all)")
     return parser.parse_args(argv)
 

@@ -207,7 +207,8 @@ def test_folders_without_labels_or_splits_have_no_test_set(flowers, tmp_path, la
             for folder in (flowers / "train").iterdir():
                 folder.is_dir() and folder.rmdir()
     data = load_data(str(root))
-    assert len(data.train) == 36 and data.test is None and "without evaluation" in data.note
+    assert len(data.train) == 36 and data.test is None and "no train/ and test/" in data.note
+    assert len(set(data.train.targets)) == (3 if layout in ("no test", "no split") else 1)
     assert data.train[0][0].mode == "RGB"
 
 

@@ -283,7 +283,14 @@ def test_held_out_keeps_a_training_image_per_class(flowers):
     assert np.bincount(held.test.targets).tolist() == [2, 0, 1]
 
 
-def test_held_out_needs_labels(flowers):
-    with pytest.raises(UserError, match="--held-out needs labels: .*no train/ and test/") as error:
-        load_data(str(flowers / "train"), held_out=True)
+def test_held_out_splits_class_folders_without_a_test_set(flowers):
+    (flowers / "train" / "empty").mkdir()
+    held = load_data(str(flowers / "train"), held_out=True)
+    assert np.bincount(held.train.targets).tolist() == [10, 10, 10]
+    assert np.bincount(held.test.targets).tolist() == [2, 2, 2]
+
+
+def test_held_out_needs_classes(flowers):
+    with pytest.raises(UserError, match="--held-out needs classes: .*no train/ and test/") as error:
+        load_data(str(flowers / "train" / "class 0"), held_out=True)
     assert "\n" not in str(error.value)

@@ -123,7 +123,7 @@ def test_named_data_root_is_passed_on(tmp_path):
 
 def test_invalid_arguments_raise_before_training(flowers, monkeypatch):
     monkeypatch.delattr(train, "main")
-    with pytest.raises(UserError, match="training without evaluation"):
+    with pytest.raises(UserError, match="no train/ and test/"):
         experiments.main(["methods", str(flowers / "train")])
     with pytest.raises(UserError, match="at most 10, got 11"):
         experiments.main(["methods", "--seeds", *map(str, range(11))])

@@ -81,9 +81,10 @@ def test_unreadable_images_raise_one_line_with_path(kind, flowers, elsewhere):
     bad = flowers / "train" / "class 1" / "bad one.jpg"
     broken(bad, kind)
     for read in (lambda: open_image(bad), lambda: train.main(["--data", str(flowers), *SMALL])):
-        with pytest.raises(UserError, match="is no readable image") as caught:
+        with pytest.raises(UserError, match="is not a readable image") as caught:
             read()
         assert str(caught.value).startswith(str(bad)) and "\n" not in str(caught.value)
+    assert not list(Path("runs").iterdir())  # so that the same command works after mending
 
 
 def test_unreadable_image_in_a_worker_ends_the_run_with_one_line(flowers):
@@ -146,7 +147,7 @@ FOLDERS = {  # change of the folder: (exit status, message)
     one_test_image_a_class: (0, "no retrieval"),
     one_class: (0, "linear top-1"),
     odd_names: (0, "linear top-1"),
-    lambda data: shutil.rmtree(data / "test"): (0, "training without evaluation"),
+    lambda data: shutil.rmtree(data / "test"): (0, "will not be evaluated: "),
     lambda data: drop(data): (2, "valid file"),
     lambda data: shutil.rmtree(data / "test" / "class 1"): (2, "same classes"),
 }
@@ -181,7 +182,7 @@ def test_evaluation_names_unreadable_files(flowers, monkeypatch, capsys):
     codes = []
     evaluation.exit_with_line("eval.py", caught.value)
     line = capsys.readouterr().err
-    assert codes == [2] and line.startswith(f"eval.py: {bad} is no") and line.count("\n") == 1
+    assert codes == [2] and line.startswith(f"eval.py: {bad} is not") and line.count("\n") == 1
     with pytest.raises(UserError, match="bad one.jpg") as caught:
         evaluation.main(["masks", "run", str(bad), "--device", "cpu"])
     assert "\n" not in str(caught.value)

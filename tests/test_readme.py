@@ -157,7 +157,8 @@ def test_shapes_match_the_model():
 def test_python_blocks_run(few_birds, elsewhere):
     """Run the blocks that extract features from a checkpoint; train the methods for an epoch."""
     blocks = [block for _, language, block in FENCED.findall(README) if language == "python"]
-    Image.new("RGB", (60, 50), (90, 80, 200)).save("bird.jpg")
+    Path("photos").mkdir()
+    Image.new("RGB", (60, 50), (90, 80, 200)).save("photos/bird.jpg")
     small = ["--image-size", "16", "--epochs", "1", "--batch-size", "100", "--device", "cpu",
              "--workers", "0"]
     train.main([*small, "--method", "global", "--out", "runs/synthetic-lodisc-1"])

@@ -183,7 +183,25 @@ def test_full_disk_raises_one_line_and_leaves_no_partial_file(flowers):
         [sys.executable, ROOT / "train.py", *options_of(flowers, 1), "full"], capture_output=True,
         text=True, preexec_fn=small_files)
     assert done.returncode == 2 and re.fullmatch(r"train\.py: .*checkpoint\.pt.*\n", done.stderr)
-    assert sorted(p.name for p in Path("full").iterdir()) == ["config.json"]
+    assert not Path("full").exists()  # nothing to resume from
+
+
+def test_full_disk_after_an_epoch_keeps_the_last_checkpoint(flowers, monkeypatch):
+    real, steps = torch.save, []
+
+    def save(contents, path):
+        steps.append(contents["step"])
+        if len(steps) == 3:
+            Path(path).write_bytes(b"partial")
+            raise RuntimeError("file write failed")
+        real(contents, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(UserError, match="disk full"):
+        train.main([*options_of(flowers, 3), "full"])
+    assert torch.load("full/checkpoint.pt", weights_only=True)["step"] == steps[1] > 0
+    assert sorted(path.name for path in Path("full").iterdir()) == [
+        "checkpoint.pt", "config.json", "metrics.csv"]
 
 
 def test_uncreatable_folder_raises_one_line(flowers):

@@ -148,7 +148,8 @@ def test_load_encoder_reads_published_formats(tmp_path, name):
     assert sizes(encoder) == sizes(base) and not encoder.training
     assert torch.equal(encoder(images)[0], base(images)[0])
     assert all(parameter.requires_grad for parameter in encoder.parameters())
-    assert encoder.source == f"{path}: {kind}; left out: {left_out}"
+    assert encoder.source == (f"{path}: {kind}, {len(encoder.blocks)} layers of width "
+                              f"{encoder.dim}; left out: {left_out}")
     own = name == "own"
     assert tuple(encoder.mean) == ((0.1, 0.2, 0.3) if own else IMAGENET_MEAN)
     assert tuple(encoder.std) == ((0.4, 0.5, 0.6) if own else IMAGENET_STD)
@@ -156,7 +157,7 @@ def test_load_encoder_reads_published_formats(tmp_path, name):
     if kind in ("MoCo v3", "DINO, student and teacher", "LoDisc"):
         encoder = load_encoder(path, momentum=True)
         assert torch.equal(encoder(images)[0], other(images)[0])
-        assert f"{kind}, momentum encoder; left out: " in encoder.source
+        assert f": {kind}, momentum encoder, " in encoder.source
     else:
         with pytest.raises(UserError, match="has no momentum encoder"):
             load_encoder(path, momentum=True)
@@ -178,7 +179,7 @@ def test_torchvision_features_are_equal(tmp_path, wrapped):
     encoder = load_encoder(tmp_path / "vit.pth")
     images = torch.randn(2, 3, SIZE, SIZE)
     assert (encoder(images)[0] - theirs.eval()(images)).abs().max() < 1e-5
-    assert encoder.source.endswith("torchvision's names; left out: heads")
+    assert encoder.source.endswith(f"{DEPTH} layers of width {WIDTH}; left out: heads")
 
 
 # --- DINOv2 -----------------------------------------------------------------------------------
