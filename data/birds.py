@@ -84,7 +84,7 @@ class Easel:
 def draw_ground(easel, rng):
     """Greyish sky over greyish land, then many small stones, leaves and twigs of every hue.
 
-    Small and many, so that two crops of an image are not told from other images by their ground.
+    Small and many, so that the ground does not identify the image of a crop.
     """
     size, pen = easel.image.width, easel.brushes[0]
     horizon = rng.uniform(0.2, 0.9) * size
