@@ -291,7 +291,7 @@ class Log:
         for what, tensors in (("loss", [self.sums]), ("model", model.state_dict().values())):
             require(all(bool(tensor.isfinite().all()) for tensor in tensors), f"the {what} is not "
                     f"finite after step {row['step']}, learning rate {self.lr:.1e}: lower --lr or "
-                    f"--encoder-lr; the checkpoint is of step {self.epoch * self.steps}", UserError)
+                    f"--encoder-lr; the last good epoch is {self.epoch}", UserError)
         if self.skipped:
             print(f"the fp16 scaler skipped {self.skipped} of {self.steps} steps")
         return row

@@ -77,8 +77,8 @@ class TwoViews(Dataset):
 class Batches(Sampler):
     """Batches of (epoch, index) pairs of the epoch that the attribute `epoch` says.
 
-    The order is seeded by (seed, epoch); an incomplete last batch is left out. A rank
-    takes its part of each batch, rank 0 the first."""
+    The order is seeded by (seed, epoch); an incomplete last batch is left out. Each rank takes its
+    part of a batch, rank 0 the first."""
 
     def __init__(self, length, batch_size, seed, rank=0, processes=1):
         self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 0

@@ -266,7 +266,7 @@ def test_nan_never_reaches_a_checkpoint(flowers, monkeypatch, what):
     monkeypatch.setattr(LoDisc, "forward", forward)
     what = "loss" if what == "loss" else "model"
     with pytest.raises(UserError, match=f"the {what} is not finite after step 6, learning rate "
-                       r"\d.*--lr.*the checkpoint is of step 3"):
+                       r"\d.*--lr.*the last good epoch is 1"):
         train.main([*options_of(flowers, 9), "bad"])
     checkpoint = torch.load("bad/checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 3 and len(rows("bad")) == 1
