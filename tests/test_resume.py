@@ -186,6 +186,21 @@ def test_full_disk_raises_one_line_and_leaves_no_partial_file(flowers):
     assert not Path("full").exists()  # nothing to resume from
 
 
+def test_failed_resume_in_the_first_epoch_keeps_the_folder(flowers, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoDisc, "forward", interrupt)
+        with pytest.raises(UserError, match="interrupted; continue with: .*--resume run"):
+            train.main([*options_of(flowers, 2), "run"])
+    for path in (flowers / "train").rglob("*.jpg"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="not a readable image"):
+        train.main(["--resume", "run"])
+    assert Path("run/checkpoint.pt").exists()
+
+
 def test_full_disk_after_an_epoch_keeps_the_last_checkpoint(flowers, monkeypatch):
     real, steps = torch.save, []
 
