@@ -219,7 +219,7 @@ def load_method(name):
     if name in METHODS:
         return partial(LoDisc, method=name)
     path, _, wanted = name.rpartition(":")
-    require(Path(path).is_file(), f"--method {name}: expected FILE.py:CLASS, an existing file, or "
+    require(Path(path).is_file(), f"--method {name}: no such method; expected FILE.py:CLASS, or "
             f"{', '.join(METHODS)}", UserError)
     spec = importlib.util.spec_from_file_location(f"method_{Path(path).stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

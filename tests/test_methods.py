@@ -107,7 +107,7 @@ def test_method_resumes_bit_exactly_from_moved_file(own, monkeypatch):
         train.main([*own, "--out", "part"])
     Path("elsewhere").mkdir()
     Path("own.py").rename("elsewhere/moved.py")
-    with pytest.raises(UserError, match="own.py:Third: expected FILE.py:CLASS"):
+    with pytest.raises(UserError, match="own.py:Third: no such method"):
         train.main(["--resume", "part"])
     with pytest.raises(UserError, match="other settings for method"):
         train.main(["--resume", "part", "--method", "elsewhere/moved.py:Other"])
@@ -144,8 +144,8 @@ def test_method_without_masks_has_no_film(own):
 
 
 @pytest.mark.parametrize("method, says", [
-    ("missing.py:Third", "missing.py:Third: expected FILE.py:CLASS"), ("own.py:Nothing", "no class Nothing"),
-    ("own.py", "own.py: expected FILE.py:CLASS")])
+    ("missing.py:Third", "missing.py:Third: no such method"), ("own.py:Nothing", "no class Nothing"),
+    ("own.py", "own.py: no such method")])
 def test_missing_method_raises_one_line(own, method, says):
     with pytest.raises(UserError, match=says) as error:
         train.main([*own, "--method", method, "--out", "run"])
