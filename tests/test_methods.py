@@ -144,8 +144,8 @@ def test_method_without_masks_has_no_film(own):
 
 
 @pytest.mark.parametrize("method, says", [
-    ("missing.py:Third", "missing.py:Third: no such method"), ("own.py:Nothing", "no class Nothing"),
-    ("own.py", "own.py: no such method")])
+    ("missing.py:Third", "missing.py:Third: no such method"), ("own.py", "own.py: no such method"),
+    ("own.py:Nothing", "no class Nothing")])
 def test_missing_method_raises_one_line(own, method, says):
     with pytest.raises(UserError, match=says) as error:
         train.main([*own, "--method", method, "--out", "run"])
