@@ -111,8 +111,8 @@ def curves(pen, box, lines, levels, label, font):
                 bottom - (bottom - top) * (value - low) / (high - low))
 
     pen.line([(left, top), (left, bottom), (right, bottom)], "black")
+    digits = 2 if high - low > 0.5 else 3
     for value in np.linspace(low + margin, high - margin, 5):
-        digits = 2 if high - low > 0.5 else 3
         pen.text((left - 6, at(0, value)[1]), f"{value:.{digits}f}", "black", font, anchor="rm")
     for epoch in range(0, epochs + 1, math.ceil(epochs / 6)):
         pen.text((at(epoch, low)[0], bottom + 6), str(epoch), "black", font, anchor="mt")

@@ -266,8 +266,7 @@ def markdown(rows, columns):
 
 
 def pictures(seed):
-    """Draw tests/pictures: method.png, the overview figure with the tensors of LoDisc's run, and
-    masks.png, the patches that MoCo v3's and LoDisc's momentum encoders keep."""
+    """Draw tests/pictures: the overview figure of LoDisc's run, kept patches beside MoCo v3's."""
     folders = {name: run("synthetic", TABLES["methods"][method], seed)
                for name, method in (("MoCo v3", "global"), ("LoDisc", "lodisc"))}
     config, data = read_weights(folders["LoDisc"])["config"], train.load_data("synthetic")
@@ -277,7 +276,8 @@ def pictures(seed):
     rows, images = {"image": (birds, None)}, torch.stack([normalise(bird) for bird in birds])
     for name, folder in folders.items():
         importance = evaluation.importance_of(load_encoder(folder, True), images, "product")
-        rows[f"{name}:\n10 of 36\npatches"] = birds, location_mask(importance, config["keep_ratio"])
+        mask = location_mask(importance, config["keep_ratio"])
+        rows[f"{name}:\n{mask[0].sum()} of {mask.shape[1]}\npatches"] = birds, mask
     for name, page in (("method", overview(folders["LoDisc"], data.train)),
                        ("masks", sheet(rows, tile=180))):
         page.quantize(128).save(ROOT / "tests" / "pictures" / f"{name}.png", optimize=True)

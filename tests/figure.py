@@ -54,9 +54,9 @@ class Page:
         self.text(x + 16, y - 47, shape)
 
 
-def to_image(view, encoder):
+def to_image(view, config):
     """Undo the normalisation of a view (3, H, W) -> PIL image."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (encoder.mean, encoder.std))
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     pixels = (view * std + mean).clamp(0, 1) * 255
     return Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
 
@@ -86,7 +86,7 @@ def overview(folder, dataset, shown=90):
     losses = [model.contrast(query, keys).item() for keys in (key, local)]
 
     page = Page()
-    images = [to_image(batch[i], model.encoder) for batch in (view, other, masked)]
+    images = [to_image(batch[i], config) for batch in (view, other, masked)]
     for y, image, name in ((QUERY, images[0], "view x"), (KEY, images[1], "view x'")):
         page.tile(80, y, image, VIEW)
         page.text(80, y - VIEW // 2 - 12, name)
