@@ -40,7 +40,7 @@ from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOC
 # images, EMA from 0.99, 40 of 300 epochs of warm-up), they are for short runs of small batches. As
 # in MoCo v3, unlike DINO, weight decay applies to biases and norms too.
 NANO = dict(arch="vit_nano", image_size=48, patch_size=8, lr=4e-3, momentum=0.9, crop_min=0.08)
-INIT = dict(encoder_lr=2e-5, momentum=0.99, crop_min=0.2)  # warm-up: a sixth of all steps
+INIT = dict(encoder_lr=2e-5, momentum=0.9, crop_min=0.08)  # warm-up: a sixth of all steps
 RECIPES = {
     "birds": dict(NANO, epochs=10, warmup_epochs=1, batch_size=128),
     "scratch, CPU": dict(NANO, images=(50_000, 1), warmup_epochs=2, batch_size=64),

@@ -201,8 +201,8 @@ def test_recipes_with_init(patch_size, image_size, on_gpu, monkeypatch, capsys):
     for data in ("DIR", "synthetic"):
         config = chosen("--data", data, "--init", "FILE")
         expected = dict(arch="vit_small", patch_size=patch_size, image_size=image_size, epochs=6,
-                        warmup_epochs=1, batch_size=64, lr=4e-3, encoder_lr=2e-5, momentum=0.99,
-                        crop_min=0.2, hidden_dim=4096, output_dim=256)
+                        warmup_epochs=1, batch_size=64, lr=4e-3, encoder_lr=2e-5, momentum=0.9,
+                        crop_min=0.08, hidden_dim=4096, output_dim=256)
         assert {name: config[name] for name in expected} == expected
         assert config["lr"] * config["batch_size"] / 256 == 1e-3  # the heads' peak
     assert "FILE: a format" in capsys.readouterr().out
