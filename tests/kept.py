@@ -7,6 +7,7 @@ Of a run, the momentum encoder; of published weights, their encoder. Every row i
     rank-1      retrieval among the test images, all with all patches, or all with a share of them
     own image   how many of the test images, all patches shown, are nearest to their own masked
                 image, as the local loss wants it (of augmented views)
+    in common   the share of the location mask's patches that the first row's keeps too
 
 The picture has each patch in its mean colour, so that no photograph is copied into it.
 """
@@ -20,13 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from data.augment import plain_crop, to_tensor
+from data.augment import Plain, plain_crop
 from data.datasets import data_name, load_data
 from data.draw import example_indices, sheet
 from eval import exit_with_line, extract, importance_of, pick_device, retrieval
-from lodisc import MASKS, UserError, load_encoder, mask_pixels, read_weights, require
+from lodisc import (MASKS, UserError, load_encoder, location_mask, mask_pixels, read_weights,
+                    require)
 
 SHOWN = ("location", "random", "least")  # masks
 
@@ -67,22 +70,25 @@ def mosaic(image, patch_size, tile=126):
     return image.resize((side, side), Image.BOX).resize((tile, tile), Image.NEAREST)
 
 
-def picture(encoders, dataset, keep_ratio):
-    """Draw the patches kept by {name: encoder}, all of one size and patch size, in eight images."""
-    first = next(iter(encoders.values()))
-    crop = v2.Compose(plain_crop(first.image_size))
-    images = [crop(dataset[i][0]) for i in example_indices(dataset.targets)]
-    shown = [mosaic(image, first.patch_size) for image in images]
-    rows = {"image, by\nmean colour": (shown, None)}
-    for name, encoder in encoders.items():
-        normalise = v2.Compose(to_tensor(encoder.mean, encoder.std))
-        batch = torch.stack([normalise(image) for image in images])
-        mask = MASKS["location"][0](importance_of(encoder, batch, "product"), keep_ratio)
-        rows[f"{name}:\n{mask[0].sum()} of {mask.shape[1]}"] = shown, mask
-    return sheet(rows)
+@torch.no_grad()
+def kept_patches(encoder, dataset, keep_ratio=0.3):
+    """Return the location masks of all images, (n, N), by the encoder's own importance."""
+    loader = DataLoader(Plain(dataset, encoder.image_size, encoder.mean, encoder.std), 256)
+    return torch.cat([location_mask(importance_of(encoder, images, "product"), keep_ratio)
+                      for images, _ in loader])
 
 
-def main(argv=None):
+def picture(masks, dataset, encoder):
+    """Draw eight images and their kept patches by {name: (n, N)}, of the encoder's patch size."""
+    chosen = example_indices(dataset.targets)
+    crop = v2.Compose(plain_crop(encoder.image_size))
+    shown = [mosaic(crop(dataset[i][0]), encoder.patch_size) for i in chosen]
+    return sheet({"image, by\nmean colour": (shown, None), **{
+        f"{name}:\n{mask[0].sum()} of {mask.shape[1]}": (shown, mask[chosen])
+        for name, mask in masks.items()}})
+
+
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("data", type=data_name, help="a data set by name, or a folder, with labelled test images")
@@ -91,7 +97,11 @@ def main(argv=None):
     add("--keep-ratio", type=float, default=0.3, help="share of kept patches")
     add("--image-size", type=int, default=98, help="for published weights")
     add("--out", type=Path, help="the picture, a new file")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     require(not (args.out and args.out.exists()), f"--out {args.out} exists", UserError)
     data = load_data(args.data, args.data_root)
     require(data.test is not None, data.note, UserError)
@@ -101,14 +111,20 @@ def main(argv=None):
         run = "method" in config
         name = f"{config['method']},\nseed {config['seed']}" if run else path.stem
         encoders[name] = load_encoder(path, run, None if run else args.image_size)
-    for i, (name, encoder) in enumerate(encoders.items()):
-        values = measure(encoder, data.test, args.keep_ratio, pick_device("auto"))
-        if not i:
+    sizes = {(encoder.image_size, encoder.patch_size) for encoder in encoders.values()}
+    require(len(sizes) == 1, f"images and patches of several sizes in px: {sizes}", UserError)
+    masks, device = {}, pick_device("auto")
+    for name, encoder in encoders.items():
+        values = measure(encoder, data.test, args.keep_ratio, device)
+        masks[name] = kept_patches(encoder, data.test, args.keep_ratio)
+        first = next(iter(masks.values()))
+        values["in common"] = ((first & masks[name]).sum() / first.sum()).item()
+        if len(masks) == 1:
             print("| | " + " | ".join(values) + " |\n" + "|---" * (len(values) + 1) + "|")
         cells = " | ".join(f"{value:.3f}" for value in values.values())
         print(f"| {name.replace(chr(10), ' ')} | {cells} |", flush=True)
     if args.out:
-        picture(encoders, data.test, args.keep_ratio).save(args.out)
+        picture(masks, data.test, encoder).save(args.out)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from PIL import Image
 
 import kept
 import train
+from data import draw
 from data.augment import Plain
 from data.datasets import load_data
 from eval import export
@@ -63,21 +64,39 @@ def test_mosaic_has_the_mean_colour_of_every_patch():
         (0, 0, 0), (100, 50, 20), (0, 0, 0)]
 
 
+def test_picture_shows_the_patches_that_each_image_keeps(encoder, flowers):
+    test = load_data(str(flowers)).test
+    page = kept.picture({"row": torch.eye(12, 16).bool()}, test, encoder)  # image i keeps patch i
+    step = draw.TILE + draw.GAP
+    for x, index in enumerate(draw.example_indices(test.targets)):
+        left, top = draw.MARGIN + x * step, draw.GAP + step
+        tile = page.crop((left, top, left + draw.TILE, top + draw.TILE)).resize((4, 4), Image.BOX)
+        colours = [tile.getpixel((i % 4, i // 4)) for i in range(16)]
+        assert [i for i, colour in enumerate(colours) if max(colour) > 20] == [index]
+
+
 def test_rows_of_weights_and_runs_and_a_picture(encoder, flowers, capsys):
     export(encoder, "start.pth")
     train.main(["--data", str(flowers), "--init", "start.pth", "--image-size", "16", "--epochs",
-                "1", "--batch-size", "12", "--workers", "0", "--seed", "3", "--out", "run"])
+                "4", "--batch-size", "12", "--workers", "0", "--seed", "3", "--out", "run",
+                "--encoder-lr", "0.1", "--momentum", "0"])  # masks change
     capsys.readouterr()
     command = [str(flowers), "start.pth", "run", "--image-size", "16", "--out", "kept.png"]
     kept.main(command)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines] == [
-        "|", "|---|---|---|---|---|---|---|---|", "| start", "| lodisc, seed 3"]
-    own = kept.measure(load_encoder("run", momentum=True), load_data(str(flowers)).test)
-    assert lines[3].endswith(" | ".join(f"{value:.3f}" for value in own.values()) + " |")
+        "|", "|---|---|---|---|---|---|---|---|---|", "| start", "| lodisc, seed 3"]
+    momentum, test = load_encoder("run", momentum=True), load_data(str(flowers)).test
+    masks = kept.kept_patches(momentum, test)  # (12, 16), 4 kept
+    common = (masks & kept.kept_patches(load_encoder("start.pth"), test)).sum().item() / 48
+    values = [*kept.measure(momentum, test).values(), common]
+    assert lines[3].endswith(" | ".join(f"{value:.3f}" for value in values) + " |")
+    assert lines[2].endswith(" | 1.000 |") and 0 < common < 1
     with Image.open("kept.png") as page:
         assert page.height > 3 * 126 and len(page.getcolors(1 << 20)) > 300
     with pytest.raises(UserError, match="kept.png exists"):
         kept.main(command)
+    with pytest.raises(UserError, match="several sizes"):
+        kept.main([str(flowers), "start.pth", "run", "--image-size", "20"])
     with pytest.raises(UserError, match="no train/ and test/"):
         kept.main([str(flowers / "train"), "start.pth"])
