@@ -34,6 +34,7 @@ from data.augment import plain_crop, to_tensor
 from data.birds import Birds
 from data.draw import example_indices, sheet
 from figure import overview
+from kept import SHOWN, measure, mosaic
 from lodisc import (LoDisc, UserError, load_encoder, location_mask, mask_pixels, read_weights,
                     require)
 
@@ -72,6 +73,10 @@ COLUMNS = {name: place for name, place in evaluation.METRICS.items() if name != 
 WHERE = {"on the bird": ("localisation", "object"), "on its parts": ("localisation", "parts"),
          "part mIoU": ("parts", "mean_iou")}
 PARTS = {"mean IoU": ("parts", "mean_iou"), **{part: ("parts", part) for part in Birds.parts}}
+KEPT = {"rank-1, all": ("all", "rank1"), **{f"rank-1, {mask}": (mask, "rank1") for mask in SHOWN},
+        "mAP, all": ("all", "mAP"), **{f"mAP, {mask}": (mask, "mAP") for mask in SHOWN[:2]},
+        **{f"own image, {mask}": (mask, "own") for mask in SHOWN[:2]},
+        "in common": ("location", "in_common")}
 BEFORE = {"raw pixels": "pixels", "untrained": "untrained", "initial": "initial"}
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
            10: 2.262}  # number of values: 97.5 % point of Student's t
@@ -117,8 +122,9 @@ def run_name(data, options, seed, init):
     return "-".join(word.lstrip("-").split(":")[-1] for word in words)
 
 
-def run(data, options, seed, root=None, init=None, mean=False):
-    """Train and evaluate a run, unless done -> its folder; mean: mean patch tokens too."""
+def run(data, options, seed, root=None, init=None, more=False):
+    """Train and evaluate a run, unless done -> its folder; more: the mean patch token and, of the
+    momentum encoder, masked images too."""
     folder = RUNS / run_name(data, options, seed, init)
     options = [*options, "--seed", str(seed), "--data", data]
     options += ["--data-root", root] * bool(root) + ["--init", init] * bool(init)
@@ -140,13 +146,18 @@ def run(data, options, seed, root=None, init=None, mean=False):
     for command, part in (("masks", "localisation"), ("parts", "parts")):
         if data == "synthetic" and not held_out and part not in metrics_of(folder):
             evaluation.main([command, str(folder)])
-    if mean and "mean" not in metrics_of(folder):
+    if more and "kept" not in metrics_of(folder):
         config, encoder = read_weights(folder)["config"], load_encoder(folder)
         found = train.load_data(config["data"], config["data_root"], held_out=held_out)
+        device = train.pick_device(config["device"])
         rows = evaluation.evaluate(
             evaluation.compared_encoders(config, encoder), found, (encoder.image_size, encoder.mean,
-            encoder.std), "all", train.pick_device(config["device"]), kind="mean")
+            encoder.std), "all", device, kind="mean")
         evaluation.save_rows(folder, rows, "mean")
+        initial = load_encoder(config["init"], config["init_momentum"], config["image_size"])
+        rows = measure({"initial": initial, "trained": load_encoder(folder, True)}, found.test,
+                       config["keep_ratio"], device)
+        evaluation.save_rows(folder, rows, "kept")
     return folder
 
 
@@ -265,21 +276,29 @@ def markdown(rows, columns):
 # --- pictures ---------------------------------------------------------------------------------
 
 
-def pictures(seed):
-    """Draw tests/pictures: the overview figure of LoDisc's run, kept patches beside MoCo v3's."""
-    folders = {name: run("synthetic", TABLES["methods"][method], seed)
+def pictures(data, seed, root=None, init=None):
+    """Draw tests/pictures: the overview figure of LoDisc's run on the drawn birds, kept patches
+    beside MoCo v3's; of runs from published weights, kept patches in mean colours."""
+    folders = {name: run(data, TABLES["methods"][method], seed, root, init)
                for name, method in (("MoCo v3", "global"), ("LoDisc", "lodisc"))}
-    config, data = read_weights(folders["LoDisc"])["config"], train.load_data("synthetic")
+    config = read_weights(folders["LoDisc"])["config"]
+    found, size = train.load_data(config["data"], config["data_root"]), config["image_size"]
+    encoders = {name: load_encoder(folder, True) for name, folder in folders.items()}
+    if init:
+        initial = load_encoder(init, config["init_momentum"], size)
+        encoders = {"initial\nweights": initial, **encoders}
     normalise = v2.Compose(to_tensor(config["mean"], config["std"]))
-    crop = v2.Compose(plain_crop(config["image_size"]))
-    birds = [crop(data.test[i][0]) for i in example_indices(data.test.targets)[::2]]
-    rows, images = {"image": (birds, None)}, torch.stack([normalise(bird) for bird in birds])
-    for name, folder in folders.items():
-        importance = evaluation.importance_of(load_encoder(folder, True), images, "product")
+    crop, chosen = v2.Compose(plain_crop(size)), example_indices(found.test.targets)
+    images = [crop(found.test[i][0]) for i in (chosen if init else chosen[::2])]
+    shown = [mosaic(image, config["patch_size"]) for image in images] if init else images
+    rows, images = {"image": (shown, None)}, torch.stack([normalise(image) for image in images])
+    for name, encoder in encoders.items():
+        importance = evaluation.importance_of(encoder, images, "product")
         mask = location_mask(importance, config["keep_ratio"])
-        rows[f"{name}:\n{mask[0].sum()} of {mask.shape[1]}\npatches"] = birds, mask
-    for name, page in (("method", overview(folders["LoDisc"], data.train)),
-                       ("masks", sheet(rows, tile=180))):
+        rows[f"{name}:\n{mask[0].sum()} of {mask.shape[1]}\npatches"] = shown, mask
+    pages = {"kept": sheet(rows)} if init else {
+        "masks": sheet(rows, tile=180), "method": overview(folders["LoDisc"], found.train)}
+    for name, page in pages.items():
         page.quantize(128).save(ROOT / "tests" / "pictures" / f"{name}.png", optimize=True)
 
 
@@ -299,7 +318,7 @@ def main(argv=None):
     args = parse_args(argv)
     data = train.data_name(args.data)
     if args.table == "pictures":
-        return pictures(args.seeds[0])
+        return pictures(data, args.seeds[0], args.data_root, args.init)
     options = {row: ["--held-out"] * (args.table in HELD_OUT) + words
                for row, words in TABLES[args.table].items()}
     odd = sorted(set(args.rows or ()) - set(options))
@@ -308,9 +327,9 @@ def main(argv=None):
     require(len(seeds) <= 10, f"--seeds: at most 10, got {len(seeds)} with the stored", UserError)
     for seed in sorted(set(args.seeds)):  # so that finished seeds can be compared early
         for row in args.rows or options:
-            name, mean = run_name(data, options[row], seed, args.init), args.table == "pretrained"
+            name, more = run_name(data, options[row], seed, args.init), args.table == "pretrained"
             if name not in stored(data):  # another process may have finished it by now
-                store(data, name, run(data, options[row], seed, args.data_root, args.init, mean))
+                store(data, name, run(data, options[row], seed, args.data_root, args.init, more))
     print_table(args.table, data, records_of(data, options, args.init))
 
 
@@ -332,6 +351,9 @@ def print_table(table, data, records):
         print("\nfeatures: the mean of the patch tokens\n")
         print("\n".join(markdown({row: {seed: metrics["mean"] for seed, metrics in seeds.items()}
                                   for row, seeds in rows.items()}, COLUMNS)))
+        print("\nwith only some patches shown, of the momentum encoder\n")
+        print("\n".join(markdown({row: {seed: metrics["kept"] for seed, metrics in seeds.items()}
+                                  for row, seeds in rows.items()}, KEPT)))
         pairs = [(records["lodisc"][seed], records["global"][seed])
                  for seed in records["lodisc"] if seed in records["global"]]
         for name, key in (("rank-1", "rank1"), ("mAP", "average_precision")) if pairs else ():

@@ -11,9 +11,10 @@ from PIL import Image
 
 import experiments
 import train
+from data import draw
 from data.birds import Birds
-from data.datasets import Data
-from lodisc import UserError, VisionTransformer, read_weights
+from data.datasets import Data, load_data
+from lodisc import UserError, VisionTransformer, load_encoder, read_weights
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 SMALL = ["--image-size", "16", "--batch-size", "10", "--epochs", "1", "--warmup-epochs", "0.5",
@@ -225,9 +226,30 @@ def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypa
     assert kinds == ["mean"] * 4
     printed = capsys.readouterr().out
     rows = [line.split(" |")[0] for line in lines_of(printed)]
-    assert rows.count("| initial") == rows.count("| lodisc − global") == 2
+    assert rows.count("| initial") == rows.count("| lodisc − global") == 3
     assert printed.count("bootstrap over seeds and queries: [") == 2
     record = experiments.stored(str(flowers))["flowers-init-image-size-16-batch-size-12-epochs-1-"
                                               "workers-0-seed-3"]
     mean = record["metrics"]["mean"]
     assert mean["linear"] and mean["initial"]["retrieval"] and mean["pixels"]
+    folder = experiments.RUNS / record["name"]
+    encoders = {"initial": load_encoder("nano.pth"), "own": load_encoder(folder, momentum=True)}
+    expected = experiments.measure(encoders, load_data(str(flowers)).test)
+    assert record["metrics"]["kept"] == {**expected["own"], "initial": expected["initial"]}
+    assert "| rank-1, all | rank-1, location | rank-1, random | rank-1, least | mAP, all |" in printed
+
+    monkeypatch.setattr(experiments, "ROOT", Path())
+    monkeypatch.setitem(experiments.TABLES, "methods", experiments.TABLES["pretrained"])
+    monkeypatch.delattr(train, "main")  # the runs are finished
+    Path("tests/pictures").mkdir(parents=True)
+    experiments.main(["pictures", str(flowers), "--init", "nano.pth", "--seeds", "4"])
+    path, = Path("tests").rglob("*.*")
+    page, step = Image.open(path).convert("RGB"), draw.TILE + draw.GAP
+    assert path.name == "kept.png" and page.height == 4 * step + draw.GAP
+    for x in range(draw.SHOWN):
+        left, top = draw.MARGIN + x * step, draw.GAP
+        box = (left, top, left + draw.TILE, top + draw.TILE)
+        assert len(page.crop(box).getcolors()) <= 4  # one colour for each of four patches
+        row = page.crop((left, top + 3 * step, left + draw.TILE, top + 3 * step + draw.TILE))
+        black = sum(count for count, colour in row.getcolors() if max(colour) < 8)
+        assert black == 0.75 * draw.TILE**2  # one patch is kept

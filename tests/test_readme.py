@@ -14,7 +14,6 @@ import assignment
 import benchmark
 import eval as evaluation
 import experiments
-import kept
 import train
 from data.datasets import NAMES
 from lodisc import (ARCHITECTURES, IMPORTANCES, LOCAL_INPUTS, MASKS, METHODS, LoDisc, LoDiscOutput,
@@ -31,8 +30,7 @@ PARSERS = {"train.py": train.parse_args, "eval.py": evaluation.parse_args,
            "tests/experiments.py": experiments.parse_args,
            "tests/benchmark.py": benchmark.parse_args,
            "tests/assignment.py": lambda words: Path(*words),
-           "tests/weights_from_onnx.py": list,
-           "tests/kept.py": kept.parse_args}
+           "tests/weights_from_onnx.py": list}
 # metrics.csv's columns, the checkpoint's record, a method's attributes and arguments, option values
 WORDS = {"epoch", "step", *LoDiscOutput._fields, "loss", "lr", "images_per_second", "seconds",
          "config", *inspect.signature(LoDisc).parameters, "momentum_encoder",
