@@ -149,14 +149,14 @@ def run(data, options, seed, root=None, init=None, more=False):
     if more and "kept" not in metrics_of(folder):
         config, encoder = read_weights(folder)["config"], load_encoder(folder)
         found = train.load_data(config["data"], config["data_root"], held_out=held_out)
-        device = train.pick_device(config["device"])
-        rows = evaluation.evaluate(
-            evaluation.compared_encoders(config, encoder), found, (encoder.image_size, encoder.mean,
-            encoder.std), "all", device, kind="mean")
+        device, crop = train.pick_device(config["device"]), (
+            encoder.image_size, encoder.mean, encoder.std)
+        encoders = evaluation.compared_encoders(config, encoder)
+        rows = evaluation.evaluate(encoders, found, crop, "all", device, kind="mean")
         evaluation.save_rows(folder, rows, "mean")
-        initial = load_encoder(config["init"], config["init_momentum"], config["image_size"])
-        rows = measure({"initial": initial, "trained": load_encoder(folder, True)}, found.test,
-                       config["keep_ratio"], device)
+        encoders["trained"] = load_encoder(folder, momentum=True)
+        del encoders["raw pixels"]
+        rows = measure(encoders, found.test, crop, config["keep_ratio"], device)
         evaluation.save_rows(folder, rows, "kept")
     return folder
 
@@ -348,12 +348,11 @@ def print_table(table, data, records):
         print("\npart segmentation of the same runs\n")
         print("\n".join(markdown(before | rows, PARTS)))
     if table == "pretrained":
-        print("\nfeatures: the mean of the patch tokens\n")
-        print("\n".join(markdown({row: {seed: metrics["mean"] for seed, metrics in seeds.items()}
-                                  for row, seeds in rows.items()}, COLUMNS)))
-        print("\nwith only some patches shown, of the momentum encoder\n")
-        print("\n".join(markdown({row: {seed: metrics["kept"] for seed, metrics in seeds.items()}
-                                  for row, seeds in rows.items()}, KEPT)))
+        for title, part, columns in (("features: the mean of the patch tokens", "mean", COLUMNS), (
+                "with only some patches shown, of the momentum encoder", "kept", KEPT)):
+            print(f"\n{title}\n")
+            print("\n".join(markdown({row: {seed: metrics[part] for seed, metrics in seeds.items()}
+                                      for row, seeds in rows.items()}, columns)))
         pairs = [(records["lodisc"][seed], records["global"][seed])
                  for seed in records["lodisc"] if seed in records["global"]]
         for name, key in (("rank-1", "rank1"), ("mAP", "average_precision")) if pairs else ():

@@ -15,11 +15,12 @@ IMAGES = 512  # at most, evenly spaced
 
 
 @torch.no_grad()
-def encode(encoder, dataset, keep_ratio=0.3, device="cpu"):
+def encode(encoder, dataset, crop, keep_ratio=0.3, device="cpu"):
     """Encode whole images and masked ones -> {"all" or a mask: features (n, D)}, and the location
-    masks, bool (n, N). The importance is the encoder's own, the product over its layers."""
-    crop, draws = (encoder.image_size, encoder.mean, encoder.std), torch.Generator().manual_seed(0)
+    masks, bool (n, N). The importance is the encoder's own, the product over its layers. crop:
+    (image_size, mean, std), the encoder's input."""
     features, kept = {name: [] for name in ("all", *SHOWN)}, []
+    draws = torch.Generator().manual_seed(0)
     for images, _ in DataLoader(Plain(dataset, *crop), 256):
         whole, attentions = encoder.to(device)(images.to(device), attention="row")
         importance = attention_product(attentions).cpu()  # (B, N)
@@ -32,7 +33,7 @@ def encode(encoder, dataset, keep_ratio=0.3, device="cpu"):
     return {name: torch.cat(rows) for name, rows in features.items()}, torch.cat(kept)
 
 
-def measure(encoders, dataset, keep_ratio=0.3, device="cpu"):
+def measure(encoders, dataset, crop, keep_ratio=0.3, device="cpu"):
     """Measure {row: encoder} on test images -> {row: {"all" or a mask: metrics}}.
 
     rank1, mAP   retrieval among the images, all masked alike
@@ -43,7 +44,7 @@ def measure(encoders, dataset, keep_ratio=0.3, device="cpu"):
     labels = torch.tensor(dataset.targets)[chosen]
     results, before = {}, None
     for row, encoder in encoders.items():
-        features, kept = encode(encoder, Subset(dataset, chosen), keep_ratio, device)
+        features, kept = encode(encoder, Subset(dataset, chosen), crop, keep_ratio, device)
         before = kept if before is None else before
         results[row] = {name: {key: value for key, value in retrieval((found, labels)).items()
                                if key in ("rank1", "mAP")} for name, found in features.items()}

@@ -10,21 +10,22 @@ from data.augment import Plain
 from data.datasets import load_data
 from lodisc import MASKS, VisionTransformer, attention_product, location_mask, mask_pixels
 
+CROP = 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
 
 @pytest.fixture
 def encoders():
     """Return two encoders whose features differ in length, as cosine and product differ then."""
     found = {name: VisionTransformer(16, 4, 64, 2, 1) for name in ("first", "second")}
     for encoder in found.values():
-        encoder.eval().mean = encoder.std = (0.5, 0.5, 0.5)
         torch.nn.init.normal_(encoder.norm.bias)
     return found
 
 
 def test_masked_images_keep_the_patches_of_the_encoders_own_masks(encoders, flowers):
     test, encoder = load_data(str(flowers)).test, encoders["first"]
-    images = torch.stack([image for image, _ in Plain(test, 16, encoder.mean, encoder.std)])
-    features, masks = kept.encode(encoder, test, 0.5)
+    images = torch.stack([image for image, _ in Plain(test, *CROP)])
+    features, masks = kept.encode(encoder, test, CROP, 0.5)
     importance = attention_product(encoder(images, attention="row")[1])
     expected = {"location": location_mask(importance, 0.5),
                 "random": MASKS["random"][0](importance, 0.5, torch.Generator().manual_seed(0)),
@@ -38,8 +39,9 @@ def test_masked_images_keep_the_patches_of_the_encoders_own_masks(encoders, flow
 
 def test_metrics_by_definition(encoders, flowers, monkeypatch):
     test = load_data(str(flowers)).test
-    results = kept.measure(encoders, test, 0.3)
-    (_, before), (features, masks) = (kept.encode(each, test, 0.3) for each in encoders.values())
+    results = kept.measure(encoders, test, CROP, 0.3)
+    (_, before), (features, masks) = (kept.encode(encoder, test, CROP, 0.3)
+                                      for encoder in encoders.values())
     labels, own = torch.tensor(test.targets), results["second"]
     whole = F.normalize(features["all"], dim=1)
     for name in ("all", *kept.SHOWN):
@@ -52,15 +54,15 @@ def test_metrics_by_definition(encoders, flowers, monkeypatch):
     common = (before & masks).sum().item() / 48
     assert own["location"]["in_common"] == pytest.approx(common) and common < 1
     assert results["first"]["location"]["in_common"] == 1
-    whole = kept.measure(encoders, test, 1.0)["second"]  # nothing is masked
+    whole = kept.measure(encoders, test, CROP, 1.0)["second"]  # nothing is masked
     assert all(whole[name]["own"] == 1 and whole[name]["mAP"] == own["all"]["mAP"]
                for name in kept.SHOWN)
     monkeypatch.setattr(kept, "IMAGES", 5)  # of 12: every third
     fewer = torch.utils.data.Subset(test, [0, 3, 6, 9])
     fewer.targets = [test.targets[i] for i in fewer.indices]
-    reduced = kept.measure(encoders, test)
+    reduced = kept.measure(encoders, test, CROP)
     monkeypatch.undo()
-    assert reduced == kept.measure(encoders, fewer)
+    assert reduced == kept.measure(encoders, fewer, CROP)
 
 
 def test_mosaic_has_the_mean_colour_of_every_patch():
