@@ -14,7 +14,6 @@ import importlib.util
 import json
 import os
 import sys
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -42,8 +41,7 @@ LOADERS = min(8, max(1, (os.cpu_count() or 2) - 1))  # loading processes
 
 
 class RawPixels(torch.nn.Module):
-    """Baseline without an encoder: the pixels pooled to 16 x 16 as features, and the pixels of
-    each patch as its token."""
+    """Features without an encoder: pixels pooled to 16 x 16; a patch's token is its pixels."""
 
     def __init__(self, patch_size=1):
         super().__init__()
@@ -189,9 +187,8 @@ def table(rows, metrics=METRICS):
                if any(key in results.get(part, {}) for results in rows.values())}
     width = max(len(name) for name in rows)
     lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
-    for name, results in rows.items():
-        cells = (results[part][metric] for part, metric in columns.values())
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>14.3f}" for cell in cells))
+    lines += [f"{name:<{width}}" + "".join(f"{results[part][key]:>14.3f}" for part, key in
+                                           columns.values()) for name, results in rows.items()]
     return "\n".join(lines)
 
 
@@ -217,7 +214,7 @@ def save_rows(folder, rows, *below):
 def load_method(name):
     """Return the class CLASS of "FILE.py:CLASS", or LoDisc as a function for its own methods."""
     if name in METHODS:
-        return partial(LoDisc, method=name)
+        return lambda encoder, **options: LoDisc(encoder, name, **options)
     path, _, wanted = name.rpartition(":")
     require(Path(path).is_file(), f"--method {name}: no such method; expected FILE.py:CLASS, or "
             f"{', '.join(METHODS)}", UserError)
@@ -237,8 +234,12 @@ def build_model(config, fresh=True):
                if init and fresh else
                VisionTransformer(*sizes, learned_positions=init, train_projection=init))
     names = "mask importance local_input keep_ratio temperature hidden_dim output_dim".split()
-    return load_method(config["method"])(encoder, **{name: config[name] for name in names},
-                                         **config["method_options"])
+    try:
+        return load_method(config["method"])(encoder, **{name: config[name] for name in names},
+                                             **config["method_options"])
+    except TypeError as error:  # of a class that has no such argument, or of the class's own code
+        odd = [name for name in config["method_options"] if f"argument '{name}'" in str(error)]
+        raise UserError(f"--method-option {odd[0]}: {error}") if odd else error
 
 
 def compared_encoders(config, encoder):
@@ -264,8 +265,7 @@ def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers
 
     For the object, and for the drawn birds' deciding parts: the mean fraction of a kept patch's
     pixels that they cover, relative to that of all patches. 1 is chance level, NAME_most the most
-    that as few patches can reach, NAME_fixed the best of one mask for all images. dataset: one
-    with regions(index), see data/birds.py."""
+    for as few patches, NAME_fixed the best of one mask for all. dataset: with regions(index)."""
     size, patch = encoder.image_size, encoder.patch_size
     loader = DataLoader(Plain(dataset, size, encoder.mean, encoder.std), 256, num_workers=workers)
     kept = torch.cat([location_mask(importance_of(encoder, batch, importance), keep_ratio)

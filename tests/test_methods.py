@@ -152,6 +152,20 @@ def test_missing_method_raises_one_line(own, method, says):
     assert "\n" not in str(error.value) and not Path("run").exists()
 
 
+@pytest.mark.parametrize("option, says", [
+    ("wieght=1", "unexpected keyword argument 'wieght'"), ("mask=least", "multiple values")])
+def test_unknown_option_raises_one_line(own, option, says):
+    with pytest.raises(UserError, match=f"--method-option {option[:4]}.*{says}") as error:
+        train.main([*own, "--method-option", option, "--out", "run"])
+    assert "\n" not in str(error.value) and not Path("run").exists()
+
+
+def test_type_error_in_a_method_keeps_its_traceback(own):
+    Path("own.py").write_text(OWN.replace("= weight, shown", "= len(weight), shown"))
+    with pytest.raises(TypeError, match="has no len"):
+        train.main([*own, "--out", "run"])
+
+
 def test_option_values_are_python_literals_or_text():
     assert train.method_options(["a=1", "b=1e-3", "c=True", "d=(1, 2)", "e=text", "f=a=b"]) == {
         "a": 1, "b": 1e-3, "c": True, "d": (1, 2), "e": "text", "f": "a=b"}
