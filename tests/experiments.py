@@ -42,6 +42,7 @@ RUNS, STORE = Path("runs/experiments"), ROOT / "tests" / "results"
 GLOBAL, LOCAL, TWICE = ["--method", "global"], ["--method", "local"], ["--epochs", "twice"]
 NEIGHBOURS = {name: ["--method", f"{ROOT}/tests/baselines.py:{name}"]
               for name in ("CVSA", "PARTICLE")}
+BUILT_IN = "--encoder-lr 2e-5 --crop-min 0.08 --momentum 0.9".split()  # named as in "recipe"
 # table: {row: options of train.py}; the others are compared with the first row
 TABLES = {
     "methods": {"global": GLOBAL, "local": LOCAL, "lodisc": []},
@@ -60,7 +61,7 @@ TABLES = {
         map(str.split, ("2e-5 0.2 0.99", "5e-6 0.2 0.99", "5e-5 0.2 0.99", "2e-5 0.08 0.99",
                         "2e-5 0.35 0.99", "2e-5 0.2 0.9", "2e-5 0.08 0.9"))},
     # held out: possible reasons why LoDisc is not above MoCo v3
-    "variants": {"lodisc": [], "global": GLOBAL, "keep 0.7": ["--keep-ratio", "0.7"],
+    "variants": {"lodisc": [], "global": [*GLOBAL, *BUILT_IN], "keep 0.7": ["--keep-ratio", "0.7"],
                  "tokens": ["--local-input", "tokens"], "last layer": ["--importance", "last"],
                  **{f"{name} {value}": ["--method", f"{ROOT}/tests/experiments.py:Variant",
                                         "--method-option", f"{name}={value}"]
