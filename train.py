@@ -40,14 +40,13 @@ from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOC
 # images, EMA from 0.99, 40 of 300 epochs of warm-up), they are for short runs of small batches. As
 # in MoCo v3, unlike DINO, weight decay applies to biases and norms too.
 NANO = dict(arch="vit_nano", image_size=48, patch_size=8, lr=4e-3, momentum=0.9, crop_min=0.08)
-INIT = dict(encoder_lr=2e-5, momentum=0.9, crop_min=0.08)  # warm-up: a sixth of all steps
 RECIPES = {
     "birds": dict(NANO, epochs=10, warmup_epochs=1, batch_size=128),
     "scratch, CPU": dict(NANO, images=(50_000, 1), warmup_epochs=2, batch_size=64),
     "scratch, GPU": dict(arch="vit_small", image_size=224, patch_size=16, lr=1e-3, momentum=0.99,
                          crop_min=0.08, epochs=100, warmup_epochs=10, batch_size=256),
-    "init, CPU": dict(INIT, images=(6_500, 3), batch_size=64, lr=4e-3),
-    "init, GPU": dict(INIT, epochs=10, batch_size=256, lr=1e-3),
+    "init": dict(encoder_lr=2e-5, momentum=0.9, crop_min=0.08, images=(6_500, 3), batch_size=64,
+                 lr=4e-3),  # warm-up: a sixth of all steps
 }
 META = "https://dl.fbaipublicfiles.com/"
 WEIGHTS = {  # name for --init: the publisher's address
@@ -145,8 +144,7 @@ def fill_defaults(config, device, num_images):
     config["method_options"] = method_options(config.pop("method_option"))
     config["num_images"] = num_images
     init, place = config["init"] != "none", "GPU" if device.type == "cuda" else "CPU"
-    kind = (f"init, {place}" if init else "birds" if config["data"] == "synthetic" else
-            f"scratch, {place}")
+    kind = ("init" if init else "birds" if config["data"] == "synthetic" else f"scratch, {place}")
     recipe = dict(RECIPES[kind])
     config["mean"], config["std"] = list(IMAGENET_MEAN), list(IMAGENET_STD)
     if init:

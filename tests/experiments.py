@@ -4,11 +4,11 @@
     python tests/experiments.py pretrained flowers17 --data-root DIR --init WEIGHTS --seeds 5 6 7
     python tests/experiments.py recipe cars98 --init WEIGHTS    # any data that train.py takes
     python tests/experiments.py pictures                        # tests/pictures
-
 Each run has a folder in runs/experiments; the same command resumes a killed one. A finished run is
 a line of tests/results/<data>.jsonl and is not run again; a table has all seeds stored there.
 Metrics are of the last epoch; ± is the standard deviation over seeds, differences are paired by
-seed, with their 95 % interval. The tables in HELD_OUT train and evaluate with --held-out.
+seed, with their 95 % interval. The tables in HELD_OUT train and evaluate with --held-out. Other
+options, such as --image-size 224, go to train.py in all rows.
 """
 
 import argparse
@@ -175,13 +175,9 @@ def stored(data):
 
 def records_of(data, options, init):
     """Return the finished runs of options {row: options of train.py}: {row: {seed: record}}."""
-    found = {row: {} for row in options}
-    for name, record in stored(data).items():
-        seed = record["config"]["seed"]
-        for row, words in options.items():
-            if name == run_name(data, words, seed, init):
-                found[row][seed] = record
-    return found
+    known = [(name, record["config"]["seed"], record) for name, record in stored(data).items()]
+    return {row: {seed: record for name, seed, record in known
+                  if name == run_name(data, words, seed, init)} for row, words in options.items()}
 
 
 def store(data, name, folder):
@@ -311,27 +307,30 @@ def parse_args(argv=None):
     add("--data-root", help="as for train.py")
     add("--init", type=train.absolute, help="as for train.py, in all rows")
     add("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: print what is stored")
-    add("--rows", nargs="+", help="run only these rows (default: all)")
-    return parser.parse_args(argv)
+    add("--rows", nargs="+", help="only these; the first is compared with (default: all)")
+    return parser.parse_known_args(argv)
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args, others = parse_args(argv)
     data = train.data_name(args.data)
     if args.table == "pictures":
         return pictures(data, args.seeds[0], args.data_root, args.init)
-    options = {row: ["--held-out"] * (args.table in HELD_OUT) + words
-               for row, words in TABLES[args.table].items()}
-    odd = sorted(set(args.rows or ()) - set(options))
-    require(not odd, f"--rows: no {', '.join(odd)} in {', '.join(options)}", UserError)
+    table = TABLES[args.table]
+    odd = sorted(set(args.rows or ()) - set(table))
+    require(not odd, f"--rows: no {', '.join(odd)} in {', '.join(table)}", UserError)
+    first = ["--held-out"] * (args.table in HELD_OUT)
+    options = {row: first + table[row] + others for row in args.rows or table}
     seeds = set(args.seeds).union(*records_of(data, options, args.init).values())
     require(len(seeds) <= 10, f"--seeds: at most 10, got {len(seeds)} with the stored", UserError)
     for seed in sorted(set(args.seeds)):  # so that finished seeds can be compared early
-        for row in args.rows or options:
-            name, more = run_name(data, options[row], seed, args.init), args.table == "pretrained"
+        for words in options.values():
+            name, more = run_name(data, words, seed, args.init), args.table == "pretrained"
             if name not in stored(data):  # another process may have finished it by now
-                store(data, name, run(data, options[row], seed, args.data_root, args.init, more))
-    print_table(args.table, data, records_of(data, options, args.init))
+                store(data, name, run(data, words, seed, args.data_root, args.init, more))
+    records = records_of(data, options, args.init)
+    require(any(records.values()), "no such run is stored; give --seeds", UserError)
+    print_table(args.table, data, records)
 
 
 def print_table(table, data, records):
@@ -354,8 +353,8 @@ def print_table(table, data, records):
             print(f"\n{title}\n")
             print("\n".join(markdown({row: {seed: metrics[part] for seed, metrics in seeds.items()}
                                       for row, seeds in rows.items()}, columns)))
-        pairs = [(records["lodisc"][seed], records["global"][seed])
-                 for seed in records["lodisc"] if seed in records["global"]]
+        lodisc, rival = records.get("lodisc", {}), records.get("global", {})
+        pairs = [(lodisc[seed], rival[seed]) for seed in lodisc if seed in rival]
         for name, key in (("rank-1", "rank1"), ("mAP", "average_precision")) if pairs else ():
             values = np.array([[one["queries"][key] for one in pair] for pair in pairs], float)
             print(f"\nlodisc − global, {name}, bootstrap over seeds and queries: "

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,10 +205,7 @@ def test_blank_kit_has_no_points_and_names_first_exercise(kit):
 
 
 def test_original_bodies_get_full_points(kit, tmp_path):
-    student = tmp_path / "student"
-    student.mkdir()
-    for path in kit.iterdir():
-        (student / path.name).write_bytes(path.read_bytes())
+    student = shutil.copytree(kit, tmp_path / "student")
     solution = (kit / "lodisc.py").read_text()
     for exercise, (_, names) in assignment.EXERCISES.items():
         for name in names:
@@ -221,8 +219,7 @@ def test_original_bodies_get_full_points(kit, tmp_path):
 
 
 def test_kit_with_syntax_error_has_no_points(kit, tmp_path):
-    for path in kit.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(kit, tmp_path, dirs_exist_ok=True)
     (tmp_path / "lodisc.py").write_text("def broken(:\n")
     (tmp_path / "test_mine.py").write_text("def test_foo():\n    pass\n")
     done = pytest_in(tmp_path)

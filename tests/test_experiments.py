@@ -100,13 +100,14 @@ def test_held_out_tables_open_no_test_image(flowers, monkeypatch, capsys):
     assert experiments.HELD_OUT == ("recipe", "variants")
     for path in (flowers / "test").rglob("*.jpg"):
         path.write_text("no image")
-    monkeypatch.setitem(experiments.TABLES, "recipe", {"global": ["--method", "global", *SMALL]})
-    experiments.main(["recipe", str(flowers), "--seeds", "0"])
+    monkeypatch.setitem(experiments.TABLES, "recipe", {"global": ["--method", "global"]})
+    experiments.main(["recipe", str(flowers), "--seeds", "0", *SMALL])
     assert lines_of(capsys.readouterr().out)[-1].startswith("| global | 0 | ")
     folder, = experiments.RUNS.iterdir()
     assert folder.name.startswith("flowers-held-out-method-global-")
     config = read_weights(folder)["config"]
-    assert config["held_out"] and config["num_images"] == 30  # four fifths of 36, by class
+    assert config["held_out"] and config["epochs"] == 1
+    assert config["num_images"] == 30  # four fifths of 36, by class
     record, = experiments.stored(str(flowers)).values()
     assert record["queries"]["class"] == [0, 0, 1, 1, 2, 2]
 
@@ -179,6 +180,11 @@ def test_table_of_seeds(monkeypatch, capsys):
     for seeds in ("0", "1"), ():  # from the store
         experiments.main(["methods", "--seeds", *seeds])
         assert lines_of(capsys.readouterr().out) == lines and not begun
+    experiments.main(["methods", "--seeds", "--rows", "double", "lodisc"])
+    swapped = lines_of(capsys.readouterr().out)
+    assert swapped[4:6] == lines[5:3:-1] and swapped[6].startswith("| lodisc − double |")
+    with pytest.raises(UserError, match="no such run is stored"):
+        experiments.main(["methods", "--seeds", "--epochs", "3"])
     (experiments.STORE / "synthetic.jsonl").unlink()
     (folders[2] / "eval.json").unlink()  # killed before it was evaluated
     for path in folders[1].glob("*.*"):  # killed before its first checkpoint
