@@ -50,7 +50,7 @@ TABLES = {
     "pretrained": {"global": GLOBAL, "lodisc": [], "global, epochs x 2": [*GLOBAL, *TWICE],
                    "lodisc, epochs x 2": TWICE, "local": LOCAL, **NEIGHBOURS},
     "masks": {"random": ["--mask", "random"], "location": [], "block": ["--mask", "block"],
-              "least": ["--mask", "least"]},
+              "least": ["--mask", "least"], "global": GLOBAL},
     "details": {"lodisc": [], **{f"keep {ratio}": ["--keep-ratio", ratio]
                                  for ratio in ("0.1", "0.5", "0.7")},
                 "rollout": ["--importance", "rollout"], "last layer": ["--importance", "last"],
@@ -61,8 +61,9 @@ TABLES = {
         map(str.split, ("2e-5 0.2 0.99", "5e-6 0.2 0.99", "5e-5 0.2 0.99", "2e-5 0.08 0.99",
                         "2e-5 0.35 0.99", "2e-5 0.2 0.9", "2e-5 0.08 0.9"))},
     # held out: possible reasons why LoDisc is not above MoCo v3
-    "variants": {"lodisc": [], "global": [*GLOBAL, *BUILT_IN], "keep 0.7": ["--keep-ratio", "0.7"],
-                 "tokens": ["--local-input", "tokens"], "last layer": ["--importance", "last"],
+    "variants": {"lodisc": [], "global": [*GLOBAL, *BUILT_IN], "keep 0.1": ["--keep-ratio", "0.1"],
+                 "keep 0.7": ["--keep-ratio", "0.7"], "tokens": ["--local-input", "tokens"],
+                 "last layer": ["--importance", "last"],
                  **{f"{name} {value}": ["--method", f"{ROOT}/tests/experiments.py:Variant",
                                         "--method-option", f"{name}={value}"]
                     for name, value in (("weight", "0.5"), ("weight", "2"), ("blur", "True"))},
