@@ -34,7 +34,7 @@ from data.augment import plain_crop, to_tensor
 from data.birds import Birds
 from data.draw import example_indices, sheet
 from figure import overview
-from kept import SHOWN, measure, mosaic
+from kept import SHOWN, border_shares, measure, mosaic
 from lodisc import (LoDisc, UserError, load_encoder, location_mask, mask_pixels, read_weights,
                     require)
 
@@ -276,7 +276,8 @@ def markdown(rows, columns):
 
 def pictures(data, seed, root=None, init=None):
     """Draw tests/pictures: the overview figure of LoDisc's run on the drawn birds, kept patches
-    beside MoCo v3's; of runs from published weights, kept patches in mean colours."""
+    beside MoCo v3's; of runs from published weights, kept patches in mean colours, and print how
+    many kept patches lie on the image's border."""
     folders = {name: run(data, TABLES["methods"][method], seed, root, init)
                for name, method in (("MoCo v3", "global"), ("LoDisc", "lodisc"))}
     config = read_weights(folders["LoDisc"])["config"]
@@ -294,7 +295,11 @@ def pictures(data, seed, root=None, init=None):
         importance = evaluation.importance_of(encoder, images, "product")
         mask = location_mask(importance, config["keep_ratio"])
         rows[f"{name}:\n{mask[0].sum()} of {mask.shape[1]}\npatches"] = shown, mask
-    pages = {"kept": sheet(rows)} if init else {
+        if init:
+            shares = border_shares(encoder, found.test, (size, config["mean"], config["std"]),
+                                   config["keep_ratio"])
+            print(name.replace("\n", " "), *(f"{key} {share:.3f}" for key, share in shares.items()))
+    pages = {f"kept_{Path(data).name}": sheet(rows)} if init else {
         "masks": sheet(rows, tile=180), "method": overview(folders["LoDisc"], found.train)}
     for name, page in pages.items():
         page.quantize(128).save(ROOT / "tests" / "pictures" / f"{name}.png", optimize=True)

@@ -2,16 +2,21 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from data.augment import Plain
 from data.draw import TILE
-from eval import retrieval
-from lodisc import MASKS, attention_product, mask_pixels
+from eval import importance_of, retrieval
+from lodisc import IMPORTANCES, MASKS, attention_product, location_mask, mask_pixels
 
 SHOWN = ("location", "random", "least")  # masks
 IMAGES = 512  # at most, evenly spaced
+
+
+def evenly_spaced(dataset):
+    return range(0, len(dataset), -(-len(dataset) // IMAGES))
 
 
 @torch.no_grad()
@@ -40,7 +45,7 @@ def measure(encoders, dataset, crop, keep_ratio=0.3, device="cpu"):
     own          of the whole images, the fraction whose nearest masked image is their own; the
                  local loss wants this, of augmented views
     in_common    of the location masks' patches, the fraction that the first row keeps too"""
-    chosen = range(0, len(dataset), -(-len(dataset) // IMAGES))
+    chosen = evenly_spaced(dataset)
     labels = torch.tensor(dataset.targets)[chosen]
     results, before = {}, None
     for row, encoder in encoders.items():
@@ -55,6 +60,19 @@ def measure(encoders, dataset, crop, keep_ratio=0.3, device="cpu"):
             results[row][name]["own"] = own.double().mean().item()
         results[row]["location"]["in_common"] = ((before & kept).sum() / kept.sum()).item()
     return results
+
+
+def border_shares(encoder, dataset, crop, keep_ratio=0.3):
+    """Return {importance: the fraction of the kept patches that lie on the image's border}, over
+    test images; crop: as in `encode`."""
+    shares, shown = {}, Subset(dataset, evenly_spaced(dataset))
+    for name in IMPORTANCES:
+        importance = torch.cat([importance_of(encoder, images, name)
+                                for images, _ in DataLoader(Plain(shown, *crop), 64)])  # (n, N)
+        mask = rearrange(location_mask(importance, keep_ratio), "n (h w) -> n h w",
+                         h=crop[0] // encoder.patch_size)
+        shares[name] = 1 - (mask[:, 1:-1, 1:-1].sum() / mask.sum()).item()
+    return shares
 
 
 def mosaic(image, patch_size):

@@ -251,9 +251,11 @@ def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypa
     monkeypatch.delattr(train, "main")  # the runs are finished
     Path("tests/pictures").mkdir(parents=True)
     experiments.main(["pictures", str(flowers), "--init", "nano.pth", "--seeds", "4"])
+    printed = [line.split(" product ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert printed == ["initial weights", "MoCo v3", "LoDisc"]
     path, = Path("tests").rglob("*.*")
     page, step = Image.open(path).convert("RGB"), draw.TILE + draw.GAP
-    assert path.name == "kept.png" and page.height == 4 * step + draw.GAP
+    assert path.name == "kept_flowers.png" and page.height == 4 * step + draw.GAP
     for x in range(draw.SHOWN):
         left, top = draw.MARGIN + x * step, draw.GAP
         box = (left, top, left + draw.TILE, top + draw.TILE)

@@ -65,6 +65,20 @@ def test_metrics_by_definition(encoders, flowers, monkeypatch):
     assert reduced == kept.measure(encoders, fewer, CROP)
 
 
+def test_border_shares(encoders, flowers, monkeypatch):
+    test, encoder = load_data(str(flowers)).test, encoders["first"]
+    importance = torch.zeros(12, 16)  # of 4 x 4 patches
+    importance[:, [0, 3, 5, 10]] = 1  # two corners, two in the middle
+    importance[6:, 10], importance[6:, 11] = 0, 2
+    calls = []
+    monkeypatch.setattr(kept, "importance_of", lambda *arguments: calls.append(
+        arguments) or importance)
+    shares = kept.border_shares(encoder, test, CROP, 0.25)
+    assert shares == {name: pytest.approx(0.625) for name in ("product", "rollout", "last")}
+    assert [name for _, _, name in calls] == list(shares)
+    assert all(own is encoder and len(images) == 12 for own, images, _ in calls)
+
+
 def test_mosaic_has_the_mean_colour_of_every_patch():
     image = Image.new("RGB", (8, 8), (0, 0, 0))
     image.paste((200, 100, 40), (4, 0, 6, 4))  # half of the upper right patch
