@@ -4,6 +4,7 @@
     python tests/experiments.py pretrained flowers17 --data-root DIR --init WEIGHTS --seeds 5 6 7
     python tests/experiments.py recipe cars98 --init WEIGHTS    # any data that train.py takes
     python tests/experiments.py pictures                        # tests/pictures
+
 Each run has a folder in runs/experiments; the same command resumes a killed one. A finished run is
 a line of tests/results/<data>.jsonl and is not run again; a table has all seeds stored there.
 Metrics are of the last epoch; ± is the standard deviation over seeds, differences are paired by
@@ -274,11 +275,11 @@ def markdown(rows, columns):
 # --- pictures ---------------------------------------------------------------------------------
 
 
-def pictures(data, seed, root=None, init=None):
+def pictures(data, seed, root=None, init=None, others=()):
     """Draw tests/pictures: the overview figure of LoDisc's run on the drawn birds, kept patches
     beside MoCo v3's; of runs from published weights, kept patches in mean colours, and print how
     many kept patches lie on the image's border."""
-    folders = {name: run(data, TABLES["methods"][method], seed, root, init)
+    folders = {name: run(data, [*TABLES["methods"][method], *others], seed, root, init)
                for name, method in (("MoCo v3", "global"), ("LoDisc", "lodisc"))}
     config = read_weights(folders["LoDisc"])["config"]
     found, size = train.load_data(config["data"], config["data_root"]), config["image_size"]
@@ -321,7 +322,7 @@ def main(argv=None):
     args, others = parse_args(argv)
     data = train.data_name(args.data)
     if args.table == "pictures":
-        return pictures(data, args.seeds[0], args.data_root, args.init)
+        return pictures(data, args.seeds[0], args.data_root, args.init, others)
     table = TABLES[args.table]
     odd = sorted(set(args.rows or ()) - set(table))
     require(not odd, f"--rows: no {', '.join(odd)} in {', '.join(table)}", UserError)

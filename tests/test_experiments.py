@@ -224,11 +224,12 @@ def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypa
     monkeypatch.setattr(experiments.evaluation, "STRENGTHS", (1.0,))
     small = ["--image-size", "16", "--batch-size", "12", "--epochs", "1", "--workers", "0"]
     monkeypatch.setitem(experiments.TABLES, "pretrained", {
-        "global": ["--method", "global", *small], "lodisc": small})
+        row: experiments.TABLES["methods"][row] for row in ("global", "lodisc")})
     kinds, real = [], experiments.evaluation.evaluate
     monkeypatch.setattr(experiments.evaluation, "evaluate", lambda *args, **options: (
         kinds.append(options["kind"]), real(*args, **options))[1])
-    experiments.main(["pretrained", str(flowers), "--init", "nano.pth", "--seeds", "3", "4"])
+    arguments = [str(flowers), "--init", "nano.pth", *small]
+    experiments.main(["pretrained", *arguments, "--seeds", "3", "4"])
     assert kinds == ["mean"] * 4
     printed = capsys.readouterr().out
     rows = [line.split(" |")[0] for line in lines_of(printed)]
@@ -247,10 +248,9 @@ def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypa
             in printed)
 
     monkeypatch.setattr(experiments, "ROOT", Path())
-    monkeypatch.setitem(experiments.TABLES, "methods", experiments.TABLES["pretrained"])
     monkeypatch.delattr(train, "main")  # the runs are finished
     Path("tests/pictures").mkdir(parents=True)
-    experiments.main(["pictures", str(flowers), "--init", "nano.pth", "--seeds", "4"])
+    experiments.main(["pictures", *arguments, "--seeds", "4"])
     printed = [line.split(" product ")[0] for line in capsys.readouterr().out.splitlines()]
     assert printed == ["initial weights", "MoCo v3", "LoDisc"]
     path, = Path("tests").rglob("*.*")
