@@ -247,6 +247,18 @@ def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypa
     assert ("| rank-1, all | rank-1, location | rank-1, random | rank-1, least | mAP, all |"
             in printed)
 
+    path, = experiments.STORE.iterdir()  # as if another table had run some of them
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if "global" not in line["name"] or line["name"].endswith("seed-4"):
+            del line["metrics"]["mean"]
+        del line["metrics"]["kept"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    experiments.main(["pretrained", *arguments, "--seeds"])
+    rows = [line.split(" | ") for line in lines_of(capsys.readouterr().out)]
+    assert [row[1] for row in rows if row[0] == "| global"] == ["3 4", "3"]
+    assert [row[0] for row in rows].count("| lodisc") == 1
+
     monkeypatch.setattr(experiments, "ROOT", Path())
     monkeypatch.delattr(train, "main")  # the runs are finished
     Path("tests/pictures").mkdir(parents=True)
