@@ -9,7 +9,8 @@ Each run has a folder in runs/experiments; the same command resumes a killed one
 a line of tests/results/<data>.jsonl and is not run again; a table has all seeds stored there.
 Metrics are of the last epoch; ± is the standard deviation over seeds, differences are paired by
 seed, with their 95 % interval. The tables in HELD_OUT train and evaluate with --held-out. Other
-options, such as --image-size 224, go to train.py in all rows.
+options, such as --image-size 224, go to train.py in all rows. The mean patch token and masked
+images are evaluated by "pretrained" alone, and not for a run that another table has stored before.
 """
 
 import argparse
@@ -70,7 +71,7 @@ TABLES = {
                  "last layer": ["--importance", "last"],
                  **VARIANTS, "lodisc, 154 px": ["--image-size", "154"],
                  "global, 154 px": [*GLOBAL, "--image-size", "154"]},
-    # on the test images: the two best of these, with fresh seeds
+    # the two best of these on cars98, on its test images with fresh seeds
     "confirmed": {"global": GLOBAL, "lodisc": [], "keep 0.7": ["--keep-ratio", "0.7"],
                   "weight 0.5": VARIANTS["weight 0.5"]},
 }
@@ -360,12 +361,12 @@ def print_table(table, data, records):
     if table == "pretrained":
         for title, part, columns in (("features: the mean of the patch tokens", "mean", COLUMNS), (
                 "with only some patches shown, of the momentum encoder", "kept", KEPT)):
-            parts = {row: {seed: metrics[part] for seed, metrics in seeds.items() if part in metrics}
-                     for row, seeds in rows.items()}  # other tables store runs without them
-            parts = {row: seeds for row, seeds in parts.items() if seeds}
-            if parts:
+            found = {row: {seed: metrics[part] for seed, metrics in seeds.items()
+                           if part in metrics} for row, seeds in rows.items()}
+            if any(found.values()):
                 print(f"\n{title}\n")
-                print("\n".join(markdown(parts, columns)))
+                print("\n".join(markdown({row: seeds for row, seeds in found.items() if seeds},
+                                         columns)))
         lodisc, rival = records.get("lodisc", {}), records.get("global", {})
         pairs = [(lodisc[seed], rival[seed]) for seed in lodisc if seed in rival]
         for name, key in (("rank-1", "rank1"), ("mAP", "average_precision")) if pairs else ():
