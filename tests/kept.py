@@ -65,14 +65,14 @@ def measure(encoders, dataset, crop, keep_ratio=0.3, device="cpu"):
 def border_shares(encoder, dataset, crop, keep_ratio=0.3):
     """Return {importance: the fraction of the kept patches that lie on the image's border}, over
     test images; crop: as in `encode`."""
-    kept, border = dict.fromkeys(IMPORTANCES, 0), dict.fromkeys(IMPORTANCES, 0)
+    border, kept = dict.fromkeys(IMPORTANCES, 0), 0
     for images, _ in DataLoader(Plain(Subset(dataset, evenly_spaced(dataset)), *crop), 64):
         for name in IMPORTANCES:
             mask = location_mask(importance_of(encoder, images, name), keep_ratio)  # (B, N)
             mask = rearrange(mask, "b (h w) -> b h w", h=crop[0] // encoder.patch_size)
-            kept[name] += mask.sum().item()
             border[name] += (mask.sum() - mask[:, 1:-1, 1:-1].sum()).item()
-    return {name: border[name] / kept[name] for name in kept}
+        kept += mask.sum().item()  # as many for every importance
+    return {name: count / kept for name, count in border.items()}
 
 
 def mosaic(image, patch_size):
