@@ -14,6 +14,9 @@ import importlib.util
 import json
 import os
 import sys
+import uuid
+import warnings
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
@@ -21,23 +24,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
 from data.augment import Plain, plain_crop, to_tensor
 from data.birds import BIRD, PART, cropped_maps, part_labels
-from data.datasets import data_name, load_data, open_image, shuffled_by_class
+from data.datasets import (data_name, default_workers, iterate, load_data, open_image,
+                           shuffled_by_class)
 from data.draw import example_indices, mask_sheet, sheet
 from lodisc import (IMPORTANCES, METHODS, LoDisc, UserError, VisionTransformer, load_encoder,
                     location_mask, read_weights, require)
 
-STRENGTHS = tuple(10.0**power for power in range(0, -6, -1))  # of the probe's L2 term, strong first
+VERSION = 2  # of the metrics; 1: the probe's grid ended at 1e-5, its split followed the run's seed
+STRENGTHS = tuple(10.0**power for power in range(0, -7, -1))  # of the probe's L2 term, strong first
 METRICS = {"linear top-1": ("linear", "top1"), "top-5": ("linear", "top5"),  # in eval.json
            "k-NN top-1": ("knn", "top1"), "rank-1": ("retrieval", "rank1"),
            "rank-5": ("retrieval", "rank5"), "mAP": ("retrieval", "mAP")}
 MAIN_METRICS = {name: place for name, place in METRICS.items() if not name.endswith("-5")}
 SHOTS, DRAWS = 10, 10  # of few-shot part segmentation: labelled images, and draws of them
-LOADERS = min(8, max(1, (os.cpu_count() or 2) - 1))  # loading processes
+BATCH = 64  # images; several of 98 px fit into the 64 MB of shared memory that Docker gives
 
 
 class RawPixels(torch.nn.Module):
@@ -56,15 +62,15 @@ class RawPixels(torch.nn.Module):
 
 
 @torch.no_grad()
-def extract(encoders, dataset, crop, device="cpu", workers=0, kind="class", batch_size=256):
+def extract(encoders, dataset, crop, device="cpu", workers=0, kind="class"):
     """{name: encoder} -> {name: (features (n, D), labels (n,))} on the CPU, reading images once.
 
     dataset: (image, class) pairs; crop: (image_size, mean, std), the encoders' input; kind:
     "class", the class token; "mean", the mean of the patch tokens; "patches", these, (n, N, D)."""
-    loader = DataLoader(Plain(dataset, *crop), batch_size, num_workers=workers)
+    loader = DataLoader(Plain(dataset, *crop), BATCH, num_workers=workers)
     encoders = {name: encoder.to(device).eval() for name, encoder in encoders.items()}
     features, labels = {name: [] for name in encoders}, []
-    for images, label in loader:
+    for images, label in iterate(loader):
         images = images.to(device)
         labels.append(label)
         for name, encoder in encoders.items():
@@ -77,46 +83,77 @@ def extract(encoders, dataset, crop, device="cpu", workers=0, kind="class", batc
     return {name: (torch.cat(rows), torch.cat(labels)) for name, rows in features.items()}
 
 
-def fit_logistic(features, labels, strength, start):
+def require_finite(features):
+    """Raise UserError unless all features (n, D) are finite."""
+    broken = int((~features.isfinite()).any(dim=1).sum())
+    require(not broken, f"the features of {broken} of {len(features)} images are not finite: the "
+            "encoder has diverged, or its weights are damaged", UserError)
+
+
+def fit_logistic(features, labels, strength, start, tolerance=1e-7):
     """Multinomial logistic regression: mean cross-entropy + strength / 2 * |W|^2, by L-BFGS.
 
-    features (n, D), labels (n,), start and result (D + 1, classes), the last row the bias."""
-    weights = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, tolerance_grad=1e-5,
-                                  tolerance_change=1e-7, line_search_fn="strong_wolfe")
+    features (n, D), labels (n,), start and result (D + 1, classes), the last row the bias. The
+    penalty makes the objective strongly convex in W, so |gradient|^2 / (2 strength) bounds its
+    distance from the minimum. The fit ends when this bound is `tolerance` of the objective (or
+    1e-8), or when 20 iterations lower it by less than twice that; float64 takes over where float32
+    would only follow its rounding errors."""
+    weights = start.detach()
+    for dtype, least_progress in ((torch.float32, 1e-3), (torch.float64, 2 * tolerance)):
+        inputs, weights = features.to(dtype), weights.to(dtype, copy=True).requires_grad_()
+        optimizer = torch.optim.LBFGS([weights], max_iter=20, tolerance_grad=0, tolerance_change=0,
+                                      history_size=20, line_search_fn="strong_wolfe")
 
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(features @ weights[:-1] + weights[-1], labels)
-        loss = loss + strength / 2 * weights[:-1].square().sum()
-        loss.backward()
-        return loss
+        def objective():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(inputs @ weights[:-1] + weights[-1], labels)
+            loss = loss + strength / 2 * weights[:-1].square().sum()
+            loss.backward()
+            return loss
 
-    optimizer.step(closure)
-    return weights.detach()
+        for _ in range(250):
+            before = optimizer.step(objective).item()
+            loss = objective().item()
+            gap = weights.grad.double().square().sum().item() / (2 * strength)
+            if gap <= max(tolerance * loss, 1e-8):
+                return weights.detach().to(features.dtype)
+            if before - loss <= least_progress * loss:
+                break
+        else:
+            warnings.warn(f"the linear probe of strength {strength:g} has not converged: its "
+                          f"objective {loss:.4g} may be up to {gap:.1g} above the minimum")
+        weights = weights.detach()
+    return weights.to(features.dtype)
 
 
-def linear_probe(train, test, seed=0, device="cpu", held_out=None):
+def linear_probe(train, test, device="cpu", held_out=None):
     """Return top-1 and top-5 accuracy of a linear classifier on frozen features.
 
     train, test: (features (n, D), labels (n,)). Features are standardised by the training set, the
-    L2 strength is chosen on held_out, bool (n,), by default a tenth of it class by class; then the
-    classifier is fitted on all. By L-BFGS, not SGD: values compare with no published probe's."""
+    L2 strength is chosen on held_out, bool (n,), then the classifier is fitted on all. held_out is
+    by default every tenth image of the training set, drawn by seed 0 and counted class by class,
+    but for classes of one image; if there are no others, the strongest is taken. By L-BFGS, not
+    SGD: values compare with no published probe's. Raises UserError for features that are not
+    finite."""
+    device = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
     (features, labels), (test_features, test_labels) = [
         (features.to(device), labels.to(device)) for features, labels in (train, test)]
+    require_finite(features)
+    require_finite(test_features)
     mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
     features, test_features = (features - mean) / std, (test_features - mean) / std
     classes = int(labels.max()) + 1
     if held_out is None:
-        shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         shuffled = shuffled.to(device)[labels[shuffled].argsort(stable=True)]  # class by class
         held_out = torch.zeros_like(labels, dtype=torch.bool)
         held_out[shuffled[::10]] = True
         held_out &= labels.bincount()[labels] > 1  # every class keeps an image to train on
     losses, weights = {}, features.new_zeros(features.shape[1] + 1, classes)
-    for strength in STRENGTHS:  # by cross-entropy: accuracy on so few images is too noisy
-        weights = fit_logistic(features[~held_out], labels[~held_out], strength, weights)
+    for strength in STRENGTHS if held_out.any() else STRENGTHS[:1]:
+        weights = fit_logistic(features[~held_out], labels[~held_out], strength, weights, 1e-5)
         scores = features[held_out] @ weights[:-1] + weights[-1]
+        # by cross-entropy: accuracy on so few images is too noisy
         losses[strength] = F.cross_entropy(scores, labels[held_out]).item()
     strength = min(losses, key=losses.get)
     weights = fit_logistic(features, labels, strength, torch.zeros_like(weights))
@@ -130,6 +167,8 @@ def linear_probe(train, test, seed=0, device="cpu", held_out=None):
 def knn(train, test, k=20, temperature=0.07):
     """Return top-1 accuracy of a vote of the k nearest training images by cosine similarity, each
     weighted by exp(similarity / temperature): the protocol of Wu et al. 2018 and DINO."""
+    require_finite(train[0])
+    require_finite(test[0])
     bank, queries = F.normalize(train[0], dim=1), F.normalize(test[0], dim=1)
     found = [(rows @ bank.T).topk(min(k, len(bank)), dim=1) for rows in queries.split(1024)]
     similarity, nearest = map(torch.cat, zip(*found))  # (n, k)
@@ -145,6 +184,7 @@ def retrieval(test, block=512):
     Rank-k: whether one of the k nearest is of the query's class. Average precision: the mean of
     the precision at every image of its class. Queries without another image of their class are
     left out and counted. Ties go against the query's class, so that constant features score 0."""
+    require_finite(test[0])
     features, labels = F.normalize(test[0], dim=1), test[1]
     n, others = len(labels), labels.bincount()[labels] - 1  # others of a query's class, (n,)
     require(others.max() > 0, "retrieval needs a class with two test images", UserError)
@@ -167,18 +207,23 @@ def retrieval(test, block=512):
             "left_out": n - int(counted.sum()), "per_image": per_image}
 
 
-def evaluate(encoders, data, crop, what="all", device="cpu", workers=0, seed=0, kind="class"):
+def evaluate(encoders, data, crop, what="all", device="cpu", workers=0, kind="class"):
     """{name: encoder} -> {name: {"linear": {...}, "knn": {...}, "retrieval": {...}}}, or only the
     one that `what` names; the other arguments as in `extract` and `linear_probe`."""
     test = extract(encoders, data.test, crop, device, workers, kind)
     train = what != "retrieval" and extract(encoders, data.train, crop, device, workers, kind)
-    metrics = {"linear": lambda name: linear_probe(train[name], test[name], seed, device),
+    metrics = {"linear": lambda name: linear_probe(train[name], test[name], device),
                "knn": lambda name: knn(train[name], test[name]),
                "retrieval": lambda name: retrieval(test[name])}
     wanted = list(metrics) if what == "all" else [what]
     if what == "all" and next(iter(test.values()))[1].bincount().max() < 2:
         print(f"no {wanted.pop()}: no class has two test images")
-    return {name: {metric: metrics[metric](name) for metric in wanted} for name in encoders}
+    rows = {name: {metric: metrics[metric](name) for metric in wanted} for name in encoders}
+    for name, row in rows.items():
+        strength = row.get("linear", {}).get("strength")
+        if strength in (STRENGTHS[0], STRENGTHS[-1]):
+            print(f"{name}: the probe's best strength, {strength:g}, is at the edge of its grid")
+    return rows
 
 
 def table(rows, metrics=METRICS):
@@ -198,17 +243,83 @@ def merge(known, new, skip):
                         else value for name, value in new.items() if name != skip}}
 
 
+def write_whole(path, write):
+    """Call write(file) with a binary file: path gets all of its bytes, or stays as it was. Raises
+    UserError if that is not possible."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # another process has its own
+    try:
+        with open(part, "xb") as file:
+            write(file)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # of a full disk torch.save raises RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} could not be written ({reason}): is the disk full, or the folder "
+                        "not yours to write to?") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def save_picture(picture, path):
+    """Write a PIL image in the format that path's ending names."""
+    kinds = Image.registered_extensions()
+    require(path.suffix.lower() in kinds, f"{path}: expected the ending of a picture, such as .png",
+            UserError)
+    write_whole(path, lambda file: picture.save(file, kinds[path.suffix.lower()]))
+
+
+@contextmanager
+def locked(folder):
+    """Hold the folder's lock, if its file system has one, so that two processes do not merge into
+    the same file at once."""
+    handle = None
+    try:
+        import fcntl  # not on Windows
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def read_results(path):
+    """Return the results in a JSON file, {} if there is none; raise UserError if it is damaged."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        require(isinstance(results, dict), f"expected {{...}}, got a {type(results).__name__}")
+    except (OSError, ValueError) as error:  # UnicodeDecodeError too
+        raise UserError(f"{path} is damaged ({error}); move it away, then evaluate again") from None
+    return results
+
+
 def save_rows(folder, rows, *below):
     """Merge the rows of `evaluate` into eval.json, and with values per test image into
-    per_image.json: the last row at the top, or below the names given, others below their own."""
+    per_image.json: the last row at the top, or below the names given, others below their own.
+
+    A damaged file raises UserError and is left alone. If the folder cannot be written to, a line
+    says so; the results have been printed."""
     *others, own = rows
     results = rows[own] | {name.replace("raw ", ""): rows[name] for name in others}
     for name in below:
         results = {name: results}
-    for file, skip, indent in (("eval.json", "per_image", 2), ("per_image.json", None, None)):
-        path = folder / file
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(merge(known, results, skip), indent=indent) + "\n")
+    summary, per_image = folder / "eval.json", folder / "per_image.json"
+    with locked(folder):
+        known = [read_results(path) for path in (summary, per_image)]
+        try:
+            text = json.dumps(merge(known[0], results, skip="per_image"), indent=2)
+            write_text(summary, text + "\n")
+            write_text(per_image, json.dumps(merge(known[1], results, skip=None)) + "\n")
+            print(f"merged into {summary}")
+        except UserError as error:
+            print(f"not stored: {error}")
 
 
 def load_method(name):
@@ -220,6 +331,9 @@ def load_method(name):
             f"{', '.join(METHODS)}", UserError)
     spec = importlib.util.spec_from_file_location(f"method_{Path(path).stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that its neighbours hide no installed module
     spec.loader.exec_module(module)
     require(hasattr(module, wanted), f"--method {name}: no class {wanted} in that file", UserError)
     return getattr(module, wanted)
@@ -242,6 +356,15 @@ def build_model(config, fresh=True):
         raise UserError(f"--method-option {odd[0]}: {error}") if odd else error
 
 
+def load_state(model, checkpoint):
+    """Load a run's weights into its method; raise UserError if they are another method's."""
+    try:
+        model.load_state_dict(read_weights(checkpoint)["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{checkpoint} does not fit --method: {reason[:300]}") from None
+
+
 def compared_encoders(config, encoder):
     """Return {row: encoder} to compare: raw pixels, a run's encoder before training, its own."""
     rows = {"raw pixels": RawPixels(encoder.patch_size)}
@@ -257,7 +380,9 @@ def compared_encoders(config, encoder):
 def importance_of(encoder, images, importance):
     """Importance (B, N) of normalised images (B, 3, H, W); importance: a name in IMPORTANCES."""
     function, stored = IMPORTANCES[importance]
-    return function(encoder(images.to(encoder.cls_token.device), attention=stored)[1]).cpu()
+    values = function(encoder(images.to(encoder.cls_token.device), attention=stored)[1]).cpu()
+    require_finite(values)
+    return values
 
 
 def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers=0):
@@ -267,9 +392,9 @@ def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers
     pixels that they cover, relative to that of all patches. 1 is chance level, NAME_most the most
     for as few patches, NAME_fixed the best of one mask for all. dataset: with regions(index)."""
     size, patch = encoder.image_size, encoder.patch_size
-    loader = DataLoader(Plain(dataset, size, encoder.mean, encoder.std), 256, num_workers=workers)
+    loader = DataLoader(Plain(dataset, size, encoder.mean, encoder.std), BATCH, num_workers=workers)
     kept = torch.cat([location_mask(importance_of(encoder, batch, importance), keep_ratio)
-                      for batch, _ in loader])  # (n, N)
+                      for batch, _ in iterate(loader)])  # (n, N)
     regions = cropped_maps(dataset.regions, range(len(dataset)), size)  # (n, H, W)
     metrics, k = {}, int(kept[0].sum())
     for name, least in (("object", BIRD), ("parts", PART)):
@@ -329,11 +454,13 @@ def parse_args(argv=None):
     add("--data", help="a data set by name, or a folder; default: the run's")
     add("--data-root", help="folder of the named data sets; default: the run's")
     add("--features", choices=["class", "mean"], default="class", help="token, or mean of patches")
+    add("--method", help="masks, parts: FILE.py:CLASS of a run whose method file has moved")
     add("--shots", type=int, default=SHOTS, help="parts: labelled images (default: %(default)s)")
     add("--image-size", type=int, help="for published weights (default: about 98, on a GPU 224)")
     add("--momentum", action="store_true", help="take the momentum encoder, as a run's masks do")
     add("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if any)")
-    add("--workers", type=int, default=LOADERS, help=f"loading processes (default: {LOADERS})")
+    add("--workers", type=int, default=default_workers(),
+        help="loading processes; 0: none (default: one per processor, here %(default)s)")
     add("--out", type=Path, help="a new file; default: in the run's folder, or the current one")
     return parser.parse_args(argv)
 
@@ -372,14 +499,13 @@ def save_metrics(args, config, rows):
              args.checkpoint.stem: args.checkpoint.name not in (args.folder.name, "checkpoint.pt")}
     if config:
         save_rows(args.folder, rows, *(name for name, applies in names.items() if applies))
-        print(f"merged into {args.folder / 'eval.json'}")
 
 
 def draw_masks(args, encoder, config, device):
     """Return a picture of the pivotal patches; for data with regions print the localisation."""
     if config:  # a run: its momentum encoder, and the patches that its method shows
         model = build_model(config, fresh=False)
-        model.load_state_dict(read_weights(args.checkpoint)["model"])
+        load_state(model, args.checkpoint)
         model.momentum_encoder.mean, model.momentum_encoder.std = encoder.mean, encoder.std
         encoder = model.momentum_encoder
     else:
@@ -430,7 +556,8 @@ def export(encoder, path):
     config = dict(image_size=encoder.image_size, patch_size=encoder.patch_size, dim=encoder.dim,
                   depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads,
                   mean=list(encoder.mean), std=list(encoder.std))
-    torch.save({"state_dict": encoder.state_dict(), "config": config}, path)
+    contents = {"state_dict": encoder.state_dict(), "config": config}
+    write_whole(path, lambda file: torch.save(contents, file))
     print("for timm.models.VisionTransformer(img_size={image_size}, patch_size={patch_size}, "
           "embed_dim={dim}, depth={depth}, num_heads={heads}, num_classes=0)".format(**config))
 
@@ -441,6 +568,9 @@ def main(argv=None):
     device = pick_device(args.device)
     encoder = load_encoder(args.checkpoint, args.momentum, args.image_size)
     config = encoder.config if "method" in encoder.config else {}
+    if config and args.method:
+        config["method"] = args.method
+    require(config or not args.method, "--method is for a run", UserError)
     require(not (config and args.image_size), "--image-size is for published weights", UserError)
     if not (encoder.config or args.image_size):
         size = recipe_image_size(encoder.patch_size, device)
@@ -455,12 +585,15 @@ def main(argv=None):
         own = config and draw and not args.out  # of an earlier call
         require(out.parent.is_dir() and (own or not out.exists()),
                 f"--out {out}: expected a new file in a folder that exists", UserError)
-        draw(args, encoder, config, device).save(out) if draw else export(encoder, out)
+        if draw:
+            save_picture(draw(args, encoder, config, device), out)
+        else:
+            export(encoder, out)
         return print(f"wrote {out}")
     name = "momentum" if args.momentum else "trained" if config else "published"
     results = evaluate({name: encoder}, read_data(args, config),
                        (encoder.image_size, encoder.mean, encoder.std), args.what, device,
-                       args.workers, config.get("seed", 0), args.features)
+                       args.workers, args.features)
     print(table(results))
     save_metrics(args, config, results)
 

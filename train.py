@@ -10,14 +10,17 @@ import argparse
 import ast
 import csv
 import gc
+import io
 import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: idle threads do not spin
@@ -29,10 +32,11 @@ from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms import v2
 
 import data.augment as augment
-from data.datasets import NAMES, data_name, load_data
+from data.datasets import NAMES, data_name, default_workers, iterate, load_data
 from data.draw import example_indices, run_sheet
-from eval import (LOADERS, MAIN_METRICS, build_model, compared_encoders, evaluate, exit_with_line,
-                  pick_device, recipe_image_size, save_rows, table)
+from eval import (MAIN_METRICS, build_model, compared_encoders, evaluate, exit_with_line,
+                  pick_device, recipe_image_size, save_picture, save_rows, table, write_text,
+                  write_whole)
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
                     METHODS, UserError, load_encoder, momentum_schedule, read_weights, require)
 
@@ -99,7 +103,7 @@ def parse_args(argv=None):
     add("momentum", None, float, "of the moving average at the start; 1 at the end", 0.99)
     add("crop_min", None, float, "smallest fraction of an image's area in a view", 0.08)
     add("seed", 0, int, "of weights, order, augmentation and random masks")
-    add("workers", max(2, LOADERS), int, "loading processes; 0: none")
+    add("workers", default_workers(), int, "loading processes of each rank; 0: none")
     add("device", "auto", str, "cuda, mps or cpu; auto: the accelerator, if any", "cuda")
     add("amp", "auto", ("auto", "bf16", "fp16", "off"), "auto: bf16 (or fp16) on CUDA, and bf16 on "
         "CPUs that have it in hardware, except for vit_nano")
@@ -139,7 +143,7 @@ def weights_file(name):
     return str(path)
 
 
-def fill_defaults(config, device, num_images):
+def fill_defaults(config, device, num_images, processes=1):
     """Fill in what the command line left open, in place, and print what was chosen."""
     config["method_options"] = method_options(config.pop("method_option"))
     config["num_images"] = num_images
@@ -157,14 +161,17 @@ def fill_defaults(config, device, num_images):
             require(config[name] in (None, found), f"--{name.replace('_', '-')} {config[name]} "
                     f"disagrees with --init {config['init']}, which has {found}", UserError)
             recipe[name] = found
-        recipe["image_size"] = recipe_image_size(encoder.patch_size, device)
+        recipe["image_size"] = (encoder.image_size if getattr(encoder, "config", None) else
+                                recipe_image_size(encoder.patch_size, device))
         config.update(sizes, mean=list(encoder.mean), std=list(encoder.std))
     images, least = recipe.pop("images", (0, 1))
     recipe.setdefault("epochs", max(least, min(200, round(images / num_images))))
-    batch_size = config["batch_size"] or min(recipe["batch_size"], num_images)
+    most = min(recipe["batch_size"], num_images) // processes * processes
+    batch_size = config["batch_size"] or most
     recipe["lr"] *= min(1, recipe["batch_size"] / batch_size)  # no peak above the recipe's
     recipe["batch_size"] = batch_size
-    recipe.setdefault("warmup_epochs", round((config["epochs"] or recipe["epochs"]) / 6, 2))
+    sixth = round((config["epochs"] or recipe["epochs"]) / 6, 2)  # of a short run no more
+    recipe["warmup_epochs"] = min(recipe.get("warmup_epochs", sixth), sixth)
     chosen = {name: value for name, value in recipe.items() if config[name] is None}
     config.update(chosen)
     if config["encoder_lr"] is None:
@@ -183,7 +190,8 @@ def check_settings(config, processes):
     least = dict(epochs=1, image_size=1, patch_size=1, batch_size=2 * processes, lr=0, encoder_lr=0,
                  warmup_epochs=0, weight_decay=0, seed=0, workers=0, momentum=0, crop_min=0,
                  temperature=1e-6, keep_ratio=1e-6)
-    most = dict(momentum=1, crop_min=1, keep_ratio=1, batch_size=config["num_images"])
+    most = dict(momentum=1, crop_min=1, keep_ratio=1, batch_size=config["num_images"],
+                seed=2**32 - 1)
     steps = dict(image_size=config["patch_size"], batch_size=processes)
     for name, low in least.items():
         value, high, step = config[name], most.get(name, math.inf), steps.get(name)
@@ -206,28 +214,30 @@ def pick_precision(amp, device, width):
 
 
 def new_folder(out, config):
-    """Make the run's folder, which must not exist."""
+    """Make the run's folder, which must not exist; of two runs at once, each gets its own."""
     stem = f"{Path(config['data']).name}-{config['method'].split(':')[-1]}"
-    numbered = (Path("runs", f"{stem}-{n}") for n in itertools.count(1))
-    folder = Path(out) if out != NEW_RUN else next(path for path in numbered if not path.exists())
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}; give another, or --resume it") from None
-    return folder
+    candidates = [Path(out)] if out != NEW_RUN else (Path("runs", f"{stem}-{n}")
+                                                     for n in itertools.count(1))
+    for folder in candidates:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError as error:
+            reason = error.strerror  # a numbered folder of another run: the next number
+        except OSError as error:
+            reason = error.strerror
+            break
+    raise UserError(f"--out {folder}: {reason}; give another, or --resume it")
 
 
 def save_checkpoint(folder, **contents):
-    """Replace the checkpoint atomically, so that a complete one always exists; and metrics.csv."""
-    path, part, history = folder / "checkpoint.pt", folder / "checkpoint.tmp", contents["history"]
-    try:
-        torch.save(contents, part)
-        os.replace(part, path)
-        with open(folder / "metrics.csv", "w", newline="") as file:
-            csv.writer(file).writerows(history[:1] + [row.values() for row in history])
-    except (RuntimeError, OSError) as error:  # for a full disk, torch raises RuntimeError
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written, is the disk full? ({error})") from None
+    """Replace the checkpoint atomically, so that a complete one always exists; then metrics.csv and
+    config.json, which are for people."""
+    write_whole(folder / "checkpoint.pt", lambda file: torch.save(contents, file))
+    history, text = contents["history"], io.StringIO(newline="")
+    csv.writer(text).writerows(history[:1] + [row.values() for row in history])
+    write_text(folder / "metrics.csv", text.getvalue())
+    write_text(folder / "config.json", json.dumps(contents["config"], indent=2) + "\n")
 
 
 def read_run(folder, given):
@@ -262,7 +272,8 @@ class Log:
     def add(self, output, skipped, lr, m):
         """Count a step's losses, unless the fp16 scaler skipped it."""
         self.names = [name for name in output._fields if name != "masks"]
-        losses = torch.stack([getattr(output, name).detach() for name in self.names])
+        losses = torch.stack([torch.as_tensor(getattr(output, name)).detach().to(output.total)
+                              for name in self.names])
         self.sums = self.sums + (torch.zeros_like(losses) if skipped else losses)
         self.done, self.skipped, self.lr, self.m = self.done + 1, self.skipped + skipped, lr, m
         if self.done == self.steps or time.monotonic() - self.shown > 30:
@@ -286,6 +297,8 @@ class Log:
             dist.all_reduce(self.sums)
             self.sums /= dist.get_world_size()
         row = self.row()
+        require(self.skipped < self.steps, f"float16 overflowed in every step of epoch "
+                f"{row['epoch']}, so that none changed a weight: give --amp bf16 or off", UserError)
         for what, tensors in (("loss", [self.sums]), ("model", model.state_dict().values())):
             require(all(bool(tensor.isfinite().all()) for tensor in tensors), f"the {what} is not "
                     f"finite after step {row['step']}, learning rate {self.lr:.1e}: lower --lr or "
@@ -354,12 +367,17 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
     generator = torch.Generator()  # of the random and block masks, seeded at each step
     loader = DataLoader(views, batch_sampler=batches, num_workers=config["workers"],
                         generator=torch.Generator(),  # so that it does not draw from torch's
-                        pin_memory=device.type == "cuda", persistent_workers=config["workers"] > 0)
+                        pin_memory=device.type == "cuda", persistent_workers=config["workers"] > 0,
+                        # one batch in advance for each: more would not fit into Docker's /dev/shm
+                        prefetch_factor=1 if config["workers"] else None)
     epochs, steps = config["epochs"], len(batches)
     total, warmup = epochs * steps, round(steps * config["warmup_epochs"])
-    plain = augment.Plain(data.train, *crop)
-    examples = torch.stack([plain[i][0] for i in example_indices(data.train.targets)]).to(device)
-    step, history, film = 0, [], shown_masks(model, examples, 0)
+    step, history, film = 0, [], []
+    if rank == 0:
+        plain = augment.Plain(data.train, *crop)
+        examples = [plain[i][0] for i in example_indices(data.train.targets)]
+        examples = torch.stack(examples).to(device)
+        film = shown_masks(model, examples, 0)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     if checkpoint:
         step, history, film = (checkpoint[name] for name in ("step", "history", "film"))
@@ -369,16 +387,20 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
         torch.set_rng_state(checkpoint["random"])  # unused here, for forks
 
     def save():
-        if rank == 0:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(folder, config=config, step=step, history=history, film=film,
-                            random=torch.get_rng_state(), **states)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        save_checkpoint(folder, config=config, step=step, history=history, film=film,
+                        random=torch.get_rng_state(), **states)
 
-    save()
+    if rank == 0:
+        try:
+            save()
+        except UserError as error:
+            require(step == total, str(error), UserError)
+            print(f"not stored: {error}")  # a finished run can be evaluated where it is read-only
     model.train()
     for epoch in range(step // steps, epochs):
         batches.epoch, log = epoch, Log(epoch, epochs, steps, config["batch_size"])
-        for view1, view2 in loader:
+        for view1, view2 in iterate(loader):
             m = momentum_schedule(step, total, config["momentum"])
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, warmup, total, group["peak"])
@@ -389,8 +411,9 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
             step += 1
             log.add(output, skipped, optimizer.param_groups[0]["lr"], m)
         history.append(log.end_epoch(model))
-        film += shown_masks(model, examples, epoch + 1)
-        save()
+        if rank == 0:
+            film += shown_masks(model, examples, epoch + 1)
+            save()
     return history, film
 
 
@@ -400,74 +423,129 @@ def evaluate_run(config, data, folder, device):
           f"python train.py --resume {shlex.quote(str(folder))}")
     rows = evaluate(compared_encoders(config, load_encoder(folder)), data,
                     [config[name] for name in ("image_size", "mean", "std")], "all", device,
-                    config["workers"], config["seed"])
+                    config["workers"])
     print(table(rows))
     save_rows(folder, rows)
     return rows
 
 
-def draw_run(config, levels, history, film, rows, dataset):
-    """Return run.png as an image; levels {loss: chance level}; rows: evaluate_run's, or {}."""
+def draw_run(config, levels, history, film, rows, dataset, folder):
+    """Write run.png; levels {loss: chance level}; rows: evaluate_run's, or {}."""
     metrics = {row: {name: results[part][key] for name, (part, key) in MAIN_METRICS.items()
                      if part in results} for row, results in rows.items()}
     crop = v2.Compose(augment.plain_crop(config["image_size"]))
     images = [crop(dataset[i][0]) for i in example_indices(dataset.targets)]
-    return run_sheet(history, levels, metrics, images, film)
+    path = folder / "run.png"
+    try:
+        save_picture(run_sheet(history, levels, metrics, images, film), path)
+        print(f"wrote {path}")
+    except UserError as error:
+        print(f"not stored: {error}")
+
+
+def mute_other_ranks():
+    """Let rank 0 alone print, and say what is wrong with a command line that all have."""
+    if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def start_processes(device):
+    """Join torchrun's process group, if any -> (rank, number of processes)."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    sys.stderr = sys.__stderr__
+    return dist.get_rank(), dist.get_world_size()
+
+
+def rank_0_first(work, rank, processes):
+    """Return work() of every process, of rank 0 first: the others wait for as long as it takes, as
+    it may download. If rank 0 raises UserError, the others end silently, with status 2."""
+    if processes == 1:
+        return work()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    failed, error, result = torch.zeros(1), None, None
+    if rank == 0:
+        try:
+            result = work()
+        except UserError as mistake:
+            error = mistake
+            failed += 1
+    dist.broadcast(failed, 0, group=group)
+    dist.destroy_process_group(group)
+    if failed:
+        raise error or SystemExit(2)
+    return result if rank == 0 else work()
 
 
 def main(argv=None):
+    mute_other_ranks()
     given, defaults = parse_args(argv)
     config = {**defaults, **given}
     resume, out, download = (config.pop(name) for name in ("resume", "out", "download"))
-    folder, checkpoint = Path(resume), None
-    if resume != "none":
-        folder = folder.parent if folder.name == "checkpoint.pt" else folder
-        require(folder.suffix != ".pt", f"--resume {folder}: expected a run's folder", UserError)
-        checkpoint = read_run(folder, given)
-        config = checkpoint["config"]
-    device = pick_device(config["device"])
-    rank, processes = 0, 1
-    if dist.is_torchelastic_launched():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        rank, processes = dist.get_rank(), dist.get_world_size()
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
-        dist.barrier()  # rank 0 downloads and unpacks first
-    data = load_data(config["data"], config["data_root"], download, config["held_out"])
-    if not checkpoint:
-        fill_defaults(config, device, len(data.train))
-    require(config["num_images"] == len(data.train) > 1, f"--data {config['data']}: expected "
-            f"{max(2, config['num_images'])} training images, got {len(data.train)}", UserError)
-    check_settings(config, processes)
-    model = build_model(config, fresh=not checkpoint)
-    if rank == 0:
-        if processes > 1:
-            dist.barrier()
-        folder = folder if checkpoint else new_folder(out, config)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print("{method} on {num_images} images of {data}, {arch} at {image_size} px,".format(**config),
-          f"on {device} x {processes}, into {folder}"
-          + f"\nwill not be evaluated: {data.note}" * (data.test is None))
-    levels = getattr(model, "chance_levels", lambda batch: {})(config["batch_size"])
-    print("chance level: " + ", ".join(f"{name} {level:.3f}" for name, level in levels.items()))
+    folder, made, checkpoint, rank = None, None, None, 0  # made: the folder, if this call made it
     try:
+        if resume != "none":
+            folder = Path(resume)
+            folder = folder.parent if folder.name == "checkpoint.pt" else folder
+            require(folder.suffix != ".pt", f"--resume {folder}: expected a run's folder",
+                    UserError)
+            checkpoint = read_run(folder, given)
+            config = checkpoint["config"]
+        device = pick_device(config["device"])
+        rank, processes = start_processes(device)
+
+        def prepare():
+            nonlocal folder, made
+            data = load_data(config["data"], config["data_root"], download, config["held_out"])
+            if not checkpoint:
+                fill_defaults(config, device, len(data.train), processes)
+            require(config["num_images"] == len(data.train) > 1, f"--data {config['data']}: "
+                    f"expected {max(2, config['num_images'])} training images, got "
+                    f"{len(data.train)}", UserError)
+            check_settings(config, processes)
+            model = build_model(config, fresh=not checkpoint)
+            if rank == 0 and not checkpoint:
+                folder = made = new_folder(out, config)
+            return data, model
+
+        data, model = rank_0_first(prepare, rank, processes)
+        print("{method} on {num_images} images of {data}, {arch} at {image_size} px,".format(
+            **config), f"on {device} x {processes}, into {folder}"
+            + f"\nwill not be evaluated: {data.note}" * (data.test is None))
+        levels = getattr(model, "chance_levels", lambda batch: {})(config["batch_size"])
+        print("chance level: " + ", ".join(f"{name} {level:.3f}" for name, level in levels.items()))
         history, film = train(model, config, data, folder, device, checkpoint, rank, processes)
         if processes > 1:
             dist.destroy_process_group()
         if rank == 0:
             rows = evaluate_run(config, data, folder, device) if data.test else {}
-            draw_run(config, levels, history, film, rows, data.train).save(folder / "run.png")
-            print(f"wrote {folder / 'run.png'}")
+            draw_run(config, levels, history, film, rows, data.train, folder)
     except KeyboardInterrupt:
+        if rank > 0:
+            raise SystemExit(2) from None
+        if folder is None or not (folder / "checkpoint.pt").exists():
+            if made:
+                shutil.rmtree(made)
+            raise UserError("interrupted before the first checkpoint: nothing is stored") from None
         raise UserError("interrupted; continue with: python train.py --resume "
                         + shlex.quote(str(folder))) from None
     except UserError:
-        metrics = folder / "metrics.csv"
-        if rank == 0 and not checkpoint and not (metrics.exists() and metrics.read_text()):
-            shutil.rmtree(folder)  # no epoch to resume from
+        if made and not has_epoch(made):
+            shutil.rmtree(made)  # no epoch to resume from
         raise
+    except RuntimeError as error:
+        if not re.search("by peer|Connection reset|Broken pipe", str(error)):
+            raise
+        raise UserError(f"rank {rank} ends, as it lost another process") from None
+
+
+def has_epoch(folder):
+    """Whether a run's metrics.csv has a row, so that an epoch has been stored."""
+    metrics = folder / "metrics.csv"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 if __name__ == "__main__":

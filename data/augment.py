@@ -1,5 +1,8 @@
 """Two seeded augmentations of an image for training, one plain crop of it for evaluation."""
 
+import random
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from PIL import ImageFilter
@@ -12,6 +15,21 @@ ORDER, AUGMENTATION, MASKS = range(3)  # what a seed is for: no two purposes sha
 def mix_seed(*numbers):
     """Mix whole numbers, the purpose first, into one seed, the same on every machine."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@contextmanager
+def seeded(seed):
+    """Seed torch, numpy and random inside the block, and restore their states after it."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 def to_tensor(mean, std):
@@ -59,7 +77,8 @@ def plain_crop(image_size, interpolation=InterpolationMode.BILINEAR):
 class TwoViews(Dataset):
     """(view 1, view 2) of a data set's images, indexed by (epoch, index).
 
-    A sample's augmentation depends on (seed, epoch, index), not on order or workers."""
+    A sample's augmentation depends on (seed, epoch, index), not on order or workers, also if the
+    data set or a transform draws from numpy or random."""
 
     def __init__(self, dataset, image_size, mean, std, seed, crop_min=0.08):
         self.dataset, self.seed = dataset, seed
@@ -68,9 +87,8 @@ class TwoViews(Dataset):
 
     def __getitem__(self, epoch_and_index):
         epoch, index = epoch_and_index
-        image = self.dataset[index][0]
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
-            torch.default_generator.manual_seed(mix_seed(AUGMENTATION, self.seed, epoch, index))
+        with seeded(mix_seed(AUGMENTATION, self.seed, epoch, index)):  # transforms draw globally
+            image = self.dataset[index][0]
             return self.view1(image), self.view2(image)
 
 

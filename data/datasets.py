@@ -1,13 +1,14 @@
 """Data sets by name (the drawn birds, flowers17, those of the paper) and folders of images."""
 
-from functools import lru_cache
+import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Subset, get_worker_info
 from torchvision.datasets import Caltech101, FGVCAircraft, ImageFolder, StanfordCars
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
@@ -16,7 +17,7 @@ from data.birds import BIRD, GROUND, Birds
 from lodisc import UserError, require
 
 CALTECH_TRAIN = 30  # images per class, the usual protocol
-SMALL = 32 * 2**20  # bytes of files: up to this size a data set stays decoded in memory
+CACHE = 512 * 2**20  # bytes of decoded images kept in memory, in all processes together
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
 
@@ -50,10 +51,76 @@ def open_image(path):
         raise UserError(f"{path} is not a readable image ({reason})") from None
 
 
-@lru_cache(maxsize=None)
-def read_once(path):
-    """open_image with a cache: decoding costs about as much as the augmentation."""
-    return open_image(path)
+class Cache:
+    """open_image, keeping decoded images: decoding costs about as much as the augmentation.
+
+    Every process keeps images until they fill its share of CACHE, and opens the others anew. A
+    loading process that was forked starts with what the main process had."""
+
+    def __init__(self):
+        self.images, self.size = {}, 0  # bytes
+
+    def open(self, path):
+        image = self.images.get(path)
+        if image is None:
+            image = open_image(path)
+            size = 3 * image.width * image.height
+            if self.size + size <= self.limit():
+                self.images[path] = image
+                self.size += size
+        return image
+
+    @staticmethod
+    def limit():
+        """Return this process's share: of all ranks here, each with its loading processes."""
+        worker = get_worker_info()
+        processes = 1 if worker is None else 1 + worker.num_workers
+        return CACHE // (processes * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+CACHED = Cache()
+
+
+def available_cpus():
+    """Return how many processors this process may use: the machine's, fewer by its affinity
+    (taskset, Slurm) or by a container's quota (cgroup, Docker's --cpus)."""
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        count = len(os.sched_getaffinity(0))
+    quota = cgroup_quota(Path("/sys/fs/cgroup"))
+    return count if quota is None else max(1, min(count, int(quota)))
+
+
+def cgroup_quota(root):
+    """Return the processors that the control group below root allows, or None for no limit."""
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # version 2, 1
+        try:
+            texts = [(root / name).read_text(encoding="utf-8") for name in names]
+        except OSError:  # another version, or no Linux
+            continue
+        quota, period = " ".join(texts).split()
+        return None if quota in ("max", "-1") else int(quota) / int(period)
+    return None
+
+
+def default_workers():
+    """Return how many loading processes a rank has: its part of the processors, at most 8."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
+    return min(8, max(1, available_cpus() // ranks))
+
+
+def iterate(loader):
+    """Yield a DataLoader's batches. If a loading process dies, which in a container is mostly for
+    lack of shared memory, raise UserError with the remedies."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker \(pid|shared memory", str(error)):
+            raise  # a mistake in the data set's code
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"a loading process died ({reason}); if /dev/shm is too small, as Docker's "
+                        "64 MB are, give --workers 0 or start the container with --shm-size=1g"
+                        ) from None
 
 
 class Images(Dataset):
@@ -61,14 +128,14 @@ class Images(Dataset):
 
     def __init__(self, paths, targets, classes):
         self.paths, self.targets, self.classes = paths, targets, classes
-        small = sum(Path(path).stat().st_size for path in paths) <= SMALL
-        self.loader = read_once if small else open_image
+        for path in paths:
+            Path(path).stat()  # a file that is missing is known before the training
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return self.loader(self.paths[index]), self.targets[index]
+        return CACHED.open(self.paths[index]), self.targets[index]
 
 
 class FlatFolder(ImageFolder):
@@ -236,9 +303,10 @@ def load_data(name, root="datasets", download=False, held_out=False):
 
 def shuffled_by_class(targets, seed=0):
     """Return for each class the indices of its images, images and classes in a drawn order."""
-    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed)).tolist()
-    order = dict.fromkeys(targets[i] for i in shuffled)
-    return [[i for i in shuffled if targets[i] == label] for label in order]
+    by_class = {}
+    for i in torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed)).tolist():
+        by_class.setdefault(targets[i], []).append(i)
+    return list(by_class.values())
 
 
 def hold_out(dataset):

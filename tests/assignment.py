@@ -150,7 +150,7 @@ def main(argv=None):
     if out.exists():
         sys.exit(f"assignment.py: {out} exists; give a new folder")
     out.mkdir(parents=True)
-    source = (ROOT / "lodisc.py").read_text()
+    source = (ROOT / "lodisc.py").read_text(encoding="utf-8")
     (out / "lodisc.py").write_text(without_bodies(source))
     torch.save(reference_values(load(ROOT / "lodisc.py", "solved")), out / "expected.pt")
     shutil.copy(ROOT / "tests" / "exercises.py", out / "test_exercises.py")

@@ -6,21 +6,27 @@
     python tests/experiments.py pictures                        # tests/pictures
 
 Each run has a folder in runs/experiments; the same command resumes a killed one. A finished run is
-a line of tests/results/<data>.jsonl and is not run again; a table has all seeds stored there.
-Metrics are of the last epoch; ± is the standard deviation over seeds, differences are paired by
-seed, with their 95 % interval. The tables in HELD_OUT train and evaluate with --held-out. Other
-options, such as --image-size 224, go to train.py in all rows. The mean patch token and masked
-images are evaluated by "pretrained" alone, and not for a run that another table has stored before.
+a line of tests/results/<data>.jsonl and is not run again. A table has all seeds stored there with
+the same identity: the initial weights, the images, device and precision, and the version of the
+evaluation. `--seeds` without a number trains nothing and prints a table for each stored identity.
+On a CPU runs are in float32, so that CPUs with and without bfloat16 agree. Metrics are of the last
+epoch; ± is the standard deviation over seeds, differences are paired by seed, with their 95 %
+interval. The tables in HELD_OUT train and evaluate with --held-out. Other options, such as
+--image-size 224, go to train.py in all rows. The mean patch token and masked images are evaluated
+by "pretrained" alone, and not for a run that another table has stored before.
 """
 
 import argparse
 import csv
+import hashlib
 import json
+import os
 import shutil
 import statistics
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,6 +35,7 @@ import train  # before torch, as it sets OMP_WAIT_POLICY
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 from torchvision.transforms import v2
 
 import eval as evaluation
@@ -76,6 +83,7 @@ TABLES = {
 TABLES["confirmed"] = {"global": GLOBAL, **{row: TABLES["variants"][row]
                                             for row in ("lodisc", "keep 0.7", "weight 0.5")}}
 HELD_OUT = ("recipe", "variants")
+SCRATCH = "from scratch"
 COLUMNS = {name: place for name, place in evaluation.METRICS.items() if name != "top-5"}
 WHERE = {"on the bird": ("localisation", "object"), "on its parts": ("localisation", "parts"),
          "part mIoU": ("parts", "mean_iou")}
@@ -112,34 +120,108 @@ class Variant(LoDisc):
 # --- runs -------------------------------------------------------------------------------------
 
 
+class Identity(NamedTuple):
+    """What two runs of a table must have in common beside their options."""
+
+    weights: str  # SHA-256 of the initial encoder's tensors, or SCRATCH
+    images: str  # how many, and a hash of their names and sizes
+    device: str  # its kind, and the precision in use
+    evaluation: int  # version of the metrics: eval.VERSION
+
+
+def weights_hash(encoder):
+    """SHA-256 over an encoder's tensors: names in order, shapes, float32 values. Not of the file,
+    which holds its own name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.float().cpu().contiguous().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def init_hash(init, momentum=False):
+    """The hash of the weights that --init gives, at their own image size; --init must exist."""
+    return weights_hash(load_encoder(train.weights_file(init), momentum))
+
+
+def image_files(dataset):
+    """Return [(name, bytes)] of a data set's images; names are relative to their common folder."""
+    if isinstance(dataset, Subset):
+        files = image_files(dataset.dataset)
+        return [files[i] for i in dataset.indices]
+    if isinstance(dataset, Birds):
+        return [(f"{dataset.split}, seed {dataset.seed}, {i}", 0) for i in range(len(dataset))]
+    paths = [Path(path) for path in dataset.paths]
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    return [(path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]
+
+
+def describe_images(data):
+    digest = hashlib.sha256()
+    for split in (data.train, data.test):
+        for name, size in image_files(split):
+            digest.update(f"{name} {size}\n".encode())
+    return f"{len(data.train)} + {len(data.test)} images, {digest.hexdigest()[:16]}"
+
+
+def describe_device(device, amp, width):
+    """Return the kind of device and the precision in use, such as "NVIDIA H200, bfloat16"."""
+    precision = train.pick_precision(amp, device, width) or torch.float32
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{kind}, {precision}".replace("torch.", "")
+
+
 def settings_of(options):
-    """Return train.py's settings for these options on this machine; raise for unlabelled data."""
+    """Return train.py's settings for these options on this machine, and the identity of a run with
+    them; raise for unlabelled data."""
     given, defaults = train.parse_args(options)
     settings = {**defaults, **given}
     data = train.load_data(*(settings[name] for name in ("data", "data_root", "download",
                                                          "held_out")))
     require(data.test is not None, data.note, UserError)
+    device = train.pick_device(settings["device"])
     with redirect_stdout(None):
-        train.fill_defaults(settings, train.pick_device(settings["device"]), len(data.train))
-    return settings
+        train.fill_defaults(settings, device, len(data.train))
+    weights = SCRATCH
+    if settings["init"] != "none":
+        weights = init_hash(settings["init"], settings["init_momentum"])
+    return settings, Identity(weights, describe_images(data), describe_device(
+        device, settings["amp"], settings["dim"]), evaluation.VERSION)
 
 
-def run_name(data, options, seed, init):
-    words = [Path(data).name, *["init"] * bool(init), *options, "--seed", str(seed)]
+def run_name(data, options, seed):
+    words = [Path(data).name, *options, "--seed", str(seed)]
     return "-".join(word.lstrip("-").split(":")[-1] for word in words)
 
 
-def run(data, options, seed, root=None, init=None, more=False):
-    """Train and evaluate a run, unless done -> its folder; more: the mean patch token and, of the
-    momentum encoder, masked images too."""
-    folder = RUNS / run_name(data, options, seed, init)
-    options = [*options, "--seed", str(seed), "--data", data]
-    options += ["--data-root", root] * bool(root) + ["--init", init] * bool(init)
+def complete(data, options, root=None, init=None):
+    """Return all options of a run but its seed, with "twice" replaced by twice the epochs."""
+    options = [*options, "--data", data]
+    if root:
+        options += ["--data-root", root]
+    if init:
+        options += ["--init", init]
+    given, defaults = train.parse_args([{"twice": "2"}.get(word, word) for word in options])
+    if train.pick_device({**defaults, **given}["device"]).type == "cpu" and "amp" not in given:
+        options += ["--amp", "off"]
     if "twice" in options:
         place = options.index("twice")
-        epochs = settings_of(options[:place - 1] + options[place + 1:])["epochs"]
-        options[place] = str(2 * epochs)
-    wanted = settings_of(options)
+        settings, _ = settings_of(options[:place - 1] + options[place + 1:])
+        options[place] = str(2 * settings["epochs"])
+    return options
+
+
+def run_folder(data, options, seed, identity):
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:8]
+    return RUNS / f"{run_name(data, options, seed)}-{key}"
+
+
+def run(data, options, seed, root=None, init=None, more=False):
+    """Train and evaluate a run, unless done -> its folder and identity; more: the mean patch token
+    and, of the momentum encoder, masked images too."""
+    all_options = [*complete(data, options, root, init), "--seed", str(seed)]
+    wanted, identity = settings_of(all_options)
+    folder = run_folder(data, options, seed, identity)
     if not (folder / "checkpoint.pt").exists():
         shutil.rmtree(folder, ignore_errors=True)  # killed before the first checkpoint
     else:
@@ -148,7 +230,7 @@ def run(data, options, seed, root=None, init=None, more=False):
                if name not in (*train.MOVABLE, "method") and value != wanted.get(name)]
         require(not odd, f"{folder} is a run with {', '.join(odd)}; move it away", UserError)
     if not (folder / "eval.json").exists():
-        train.main([*options, "--resume" if folder.exists() else "--out", str(folder)])
+        train.main([*all_options, "--resume" if folder.exists() else "--out", str(folder)])
     held_out = "--held-out" in options
     for command, part in (("masks", "localisation"), ("parts", "parts")):
         if data == "synthetic" and not held_out and part not in metrics_of(folder):
@@ -165,48 +247,63 @@ def run(data, options, seed, root=None, init=None, more=False):
         del encoders["raw pixels"]
         rows = measure(encoders, found.test, crop, config["keep_ratio"], device)
         evaluation.save_rows(folder, rows, "kept")
-    return folder
+    return folder, identity
 
 
 def metrics_of(folder):
-    return json.loads((folder / "eval.json").read_text())
+    return evaluation.read_results(folder / "eval.json")
 
 
 def stored(data):
-    """Return {name: record} of the finished runs on a data set."""
-    path = STORE / f"{Path(data).name}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {record["name"]: record for record in map(json.loads, lines)}
+    """Return the finished runs on a data set: {(name, identity): record}."""
+    path, records = STORE / f"{Path(data).name}.jsonl", {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            identity = Identity(*(record[field] for field in Identity._fields))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path}, line {number} is damaged: {error}") from None
+        records[record["name"], identity] = record
+    return records
 
 
-def records_of(data, options, init):
-    """Return the finished runs of options {row: options of train.py}: {row: {seed: record}}."""
-    known = [(name, record["config"]["seed"], record) for name, record in stored(data).items()]
-    return {row: {seed: record for name, seed, record in known
-                  if name == run_name(data, words, seed, init)} for row, words in options.items()}
+def records_of(data, options):
+    """Return the finished runs of options {row: options of train.py}:
+    {identity: {row: {seed: record}}}, the identities in the order of the file."""
+    found = {}
+    for (name, identity), record in stored(data).items():
+        seed = record["config"]["seed"]
+        for row, words in options.items():
+            if name == run_name(data, words, seed):
+                table = found.setdefault(identity, {row: {} for row in options})
+                table[row][seed] = record
+    return found
 
 
-def store(data, name, folder):
-    """Append a finished run: metrics, values per query, losses, seconds, and where it ran."""
-    with open(folder / "metrics.csv") as file:
+def store(data, name, identity, folder, init=None):
+    """Append a finished run: its identity, metrics, values per query, losses and seconds."""
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         epochs = list(csv.DictReader(file))
     losses = {column: [float(epoch[column]) for epoch in epochs] for column in epochs[0]
               if column.endswith("loss")}
     seconds = sum(float(epoch["seconds"]) for epoch in epochs)
-    queries = json.loads((folder / "per_image.json").read_text())["retrieval"]["per_image"]
+    queries = evaluation.read_results(folder / "per_image.json")["retrieval"]["per_image"]
     queries = {key: [value if value is None else round(value, 4) for value in values]
                for key, values in queries.items()}
     config = read_weights(folder)["config"]
     test = train.load_data(config["data"], config["data_root"], held_out=config["held_out"]).test
-    where = (f"{train.pick_device(config['device'])}, {torch.get_num_threads()} threads, "
-             f"--amp {config['amp']}, torch {torch.__version__}")
-    record = {"name": name, "where": where, "config": {
+    record = {"name": name, **identity._asdict(), "source": Path(init).name if init else "",
+              "where": f"{torch.get_num_threads()} threads, torch {torch.__version__}", "config": {
         key: value for key, value in config.items() if key not in (*train.MOVABLE, "method")},
         "metrics": {**metrics_of(folder), "time": {"training": seconds}}, "losses": losses,
         "queries": {**queries, "class": test.targets}}
     STORE.mkdir(parents=True, exist_ok=True)
-    with open(STORE / f"{Path(data).name}.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+    path = STORE / f"{Path(data).name}.jsonl"
+    with evaluation.locked(STORE):
+        known = path.read_bytes() if path.exists() else b""
+        line = json.dumps(record).encode() + b"\n"
+        evaluation.write_whole(path, lambda file: file.write(known + line))
 
 
 # --- tables -----------------------------------------------------------------------------------
@@ -283,7 +380,7 @@ def pictures(data, seed, root=None, init=None, others=()):
     """Draw tests/pictures: the overview figure of LoDisc's run on the drawn birds, kept patches
     beside MoCo v3's; of runs from published weights, kept patches in mean colours, and print how
     many kept patches lie on the image's border."""
-    folders = {name: run(data, [*TABLES["methods"][method], *others], seed, root, init)
+    folders = {name: run(data, [*TABLES["methods"][method], *others], seed, root, init)[0]
                for name, method in (("MoCo v3", "global"), ("LoDisc", "lodisc"))}
     config = read_weights(folders["LoDisc"])["config"]
     found, size = train.load_data(config["data"], config["data_root"]), config["image_size"]
@@ -326,31 +423,51 @@ def main(argv=None):
     args, others = parse_args(argv)
     data = train.data_name(args.data)
     if args.table == "pictures":
+        require(args.seeds, "pictures: give the seed of the runs by --seeds", UserError)
         return pictures(data, args.seeds[0], args.data_root, args.init, others)
     table = TABLES[args.table]
     odd = sorted(set(args.rows or ()) - set(table))
     require(not odd, f"--rows: no {', '.join(odd)} in {', '.join(table)}", UserError)
-    first = ["--held-out"] * (args.table in HELD_OUT)
+    first = ["--held-out"] if args.table in HELD_OUT else []
     options = {row: first + table[row] + others for row in args.rows or table}
-    seeds = set(args.seeds).union(*records_of(data, options, args.init).values())
-    require(len(seeds) <= 10, f"--seeds: at most 10, got {len(seeds)} with the stored", UserError)
-    for seed in sorted(set(args.seeds)):  # so that finished seeds can be compared early
-        for words in options.values():
-            name, more = run_name(data, words, seed, args.init), args.table == "pretrained"
-            if name not in stored(data):  # another process may have finished it by now
-                store(data, name, run(data, words, seed, args.data_root, args.init, more))
-    records = records_of(data, options, args.init)
-    require(any(records.values()), "no such run is stored; give --seeds", UserError)
-    print_table(args.table, data, records)
+    found = records_of(data, options)
+    if args.seeds:
+        identities = {row: settings_of(complete(data, words, args.data_root, args.init))[1]
+                      for row, words in options.items()}
+        for row, identity in identities.items():
+            seeds = {*args.seeds, *found.get(identity, {}).get(row, {})}
+            require(len(seeds) <= len(STUDENT) + 1, f"--seeds: at most {len(STUDENT) + 1}, got "
+                    f"{len(seeds)} with the stored", UserError)
+        more = args.table == "pretrained"
+        for seed in sorted(set(args.seeds)):  # so that finished seeds can be compared early
+            for row, words in options.items():
+                key = run_name(data, words, seed), identities[row]
+                if key not in stored(data):  # another process may have finished it by now
+                    folder, _ = run(data, words, seed, args.data_root, args.init, more)
+                    store(data, *key, folder, args.init)
+        found = {identity: rows for identity, rows in records_of(data, options).items()
+                 if identity in identities.values()}
+    elif args.init:
+        given, _ = train.parse_args(others)
+        weights = init_hash(args.init, given.get("init_momentum", False))
+        found = {identity: rows for identity, rows in found.items() if identity.weights == weights}
+    require(found, "no such run is stored; give --seeds", UserError)
+    for identity, records in found.items():
+        print_table(args.table, data, identity, records)
 
 
-def print_table(table, data, records):
+def print_table(table, data, identity, records):
     """Print the table of {row: {seed: record}}."""
     rows = {row: {seed: record["metrics"] for seed, record in seeds.items()}
             for row, seeds in records.items() if seeds}
     columns = COLUMNS | (WHERE if data == "synthetic" and table not in HELD_OUT else {})
-    places = sorted({record["where"] for seeds in records.values() for record in seeds.values()})
-    print(f"\n{table} on {Path(data).name}; {'; '.join(places)}\n")
+    stored_runs = [record for seeds in records.values() for record in seeds.values()]
+    places = sorted({record["where"] for record in stored_runs})
+    weights = identity.weights
+    if weights != SCRATCH:
+        weights = f"{stored_runs[0]['source']}, SHA-256 of the tensors {weights}"
+    print(f"\n{table} on {Path(data).name}: {identity.images}; {identity.device}, "
+          f"{' or '.join(places)}; evaluation {identity.evaluation}; initial weights: {weights}\n")
     print("\n".join(markdown(rows, columns | {"training, s": ("time", "training")})))
     if table == "neighbours" and data == "synthetic":
         first = next(iter(rows.values()))

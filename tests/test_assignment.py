@@ -12,7 +12,7 @@ import torch
 
 import assignment
 
-SOURCE = (assignment.ROOT / "lodisc.py").read_text()
+SOURCE = (assignment.ROOT / "lodisc.py").read_text(encoding="utf-8")
 # (exercise, the student's mistake, function, correct code, its wrong replacement)
 WRONG = [
     ("attention", "softmax over the wrong axis", "attention_weights",
@@ -177,8 +177,8 @@ def test_kit_contains_no_solution(kit):
     assert sorted(path.name for path in kit.rglob("*")) == \
         ["README.md", "conftest.py", "expected.pt", "lodisc.py", "requirements.txt",
          "test_exercises.py"]
-    blank = assignment.functions((kit / "lodisc.py").read_text())
-    text = "\n".join(path.read_text() for path in kit.glob("*.py"))
+    blank = assignment.functions((kit / "lodisc.py").read_text(encoding="utf-8"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in kit.glob("*.py"))
     whole = assignment.functions(SOURCE)
     assert blank.keys() == whole.keys()
     for exercise, (_, names) in assignment.EXERCISES.items():
@@ -206,7 +206,7 @@ def test_blank_kit_has_no_points_and_names_first_exercise(kit):
 
 def test_original_bodies_get_full_points(kit, tmp_path):
     student = shutil.copytree(kit, tmp_path / "student")
-    solution = (kit / "lodisc.py").read_text()
+    solution = (kit / "lodisc.py").read_text(encoding="utf-8")
     for exercise, (_, names) in assignment.EXERCISES.items():
         for name in names:
             indent = "        " if "." in name else "    "

@@ -344,16 +344,16 @@ def test_trains_logs_draws_and_evaluates(cls, flowers, capsys):
         options += ["--method-option", "parts=3"]
     train.main([*options, "--out", "run"])
     assert all(name in capsys.readouterr().out.split("epoch 1/2")[1].split() for name in own[:1])
-    with open("run/metrics.csv") as file:
+    with open("run/metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[2:3 + len(own)] == ["total", *own]
     film = torch.load("run/checkpoint.pt", weights_only=True)["film"]
     assert [epoch for epoch, _ in film] == [0, 1, 2] and film[0][1].shape == (8, 4)
     assert Path("run/run.png").is_file()
     evaluation.main(["masks", "run", "--device", "cpu", "--workers", "0"])
-    results = json.loads(Path("run/eval.json").read_text())
+    results = json.loads(Path("run/eval.json").read_text(encoding="utf-8"))
     evaluation.main(["knn", "run", "--device", "cpu", "--workers", "0", "--features", "mean"])
-    assert "top1" in json.loads(Path("run/eval.json").read_text())["mean"]["knn"]
+    assert "top1" in json.loads(Path("run/eval.json").read_text(encoding="utf-8"))["mean"]["knn"]
     assert "top1" in results["linear"] and "untrained" in results
     train.main([*options, "--init", "run", "--epochs", "1", "--out", "second"])
-    assert "initial" in json.loads(Path("second/eval.json").read_text())
+    assert "initial" in json.loads(Path("second/eval.json").read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """The drawn birds, folders of images, seeded augmentation, the order of batches."""
 
 import hashlib
+import random
 import shutil
 
 import numpy as np
@@ -99,6 +100,37 @@ def test_views_depend_on_seed_epoch_and_index_only():
     assert one[0].shape == one[1].shape == (3, 32, 32) and not torch.equal(*one)
     for other in (views[3, 5], views[2, 6], TwoViews(images, 32, MEAN, STD, seed=4)[2, 5]):
         assert not torch.equal(one[0], other[0])
+
+
+class Noisy(Birds):
+    """A data set that draws from all three generators when it opens an image."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+        return image.rotate(90 * random.randrange(4)), label
+
+
+drawn = []
+
+
+def test_every_generator_is_seeded_for_each_image():
+    views = TwoViews(Noisy("train", 10), 32, MEAN, STD, seed=3)
+    drawn.clear()
+    first = [views[0, i] for i in range(4)]
+    values = list(drawn)
+    drawn.clear()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    again = [views[0, i] for i in reversed(range(4))][::-1]  # another order
+    assert drawn[::-1] == values and len(set(values)) == 4
+    assert all(torch.equal(a, b) for x, y in zip(first, again) for a, b in zip(x, y))
+    views[1, 0]
+    assert drawn[-1] not in values  # another epoch
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[2])
+    assert np.random.get_state()[1].tolist() == states[1]
+    with pytest.raises(KeyError), augment.seeded(1):
+        raise KeyError
+    assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]
 
 
 def test_augmentation_matches_byol():

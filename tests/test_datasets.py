@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw
 
 import eval as evaluation
 import train
+from data import datasets
 from data.birds import BIRD, GROUND
 from data.datasets import CUB, NAMED, NAMES, data_name, load_data
 from lodisc import UserError
@@ -212,6 +214,92 @@ def test_data_name_keeps_names_and_makes_folders_absolute(tmp_path, monkeypatch)
     assert data_name("images") == str(tmp_path / "images")
 
 
+# --- cache, processors, order -----------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """A cache of 100 kB, and ten images of 30 kB once decoded, a few hundred bytes as files."""
+    monkeypatch.setattr(datasets, "CACHE", 100_000)
+    paths = [tmp_path / f"{i}.png" for i in range(10)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (100, 100), (i, 0, 0)).save(path)
+    assert sum(path.stat().st_size for path in paths) < 10_000
+    return datasets.Cache(), paths
+
+
+def opened(cache, paths, monkeypatch):
+    """Return how many of the images are decoded anew."""
+    calls, real = [], datasets.open_image
+    monkeypatch.setattr(datasets, "open_image", lambda path: calls.append(path) or real(path))
+    for i, path in enumerate(paths):
+        assert cache.open(path).getpixel((5, 5)) == (i, 0, 0)
+    monkeypatch.setattr(datasets, "open_image", real)
+    return len(calls)
+
+
+@pytest.mark.parametrize("workers, ranks, kept", [(None, 1, 3), (1, 1, 1), (2, 1, 1), (3, 1, 0),
+                                                  (None, 2, 1), (1, 3, 0)])
+def test_cache_counts_decoded_bytes_of_all_processes(cache, monkeypatch, workers, ranks, kept):
+    cache, paths = cache
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    worker = None if workers is None else SimpleNamespace(num_workers=workers)
+    monkeypatch.setattr(datasets, "get_worker_info", lambda: worker)
+    assert opened(cache, paths, monkeypatch) == 10
+    assert opened(cache, paths, monkeypatch) == 10 - kept
+    assert len(cache.images) == kept and cache.size == 30_000 * kept
+
+
+def test_images_of_a_folder_are_decoded_once(flowers, monkeypatch):
+    monkeypatch.setattr(datasets, "CACHED", datasets.Cache())
+    train_set, calls, real = load_data(str(flowers)).train, [], datasets.open_image
+    monkeypatch.setattr(datasets, "open_image", lambda path: calls.append(path) or real(path))
+    for _ in range(2):
+        assert len([train_set[i] for i in range(36)]) == len(calls) == 36
+
+
+def test_processors_follow_affinity_and_quota(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(datasets, "cgroup_quota", lambda root: quota)
+    for affinity, quota, ranks, workers in (
+            (range(64), None, 1, 8), (range(5), None, 1, 5), (range(64), 3.5, 1, 3),
+            (range(2), 3.5, 1, 2), (range(1), None, 1, 1), (range(4), 0.5, 1, 1),
+            (range(8), None, 4, 2), (range(2), None, 4, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(affinity), raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert datasets.default_workers() == workers
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS, Windows
+    assert datasets.available_cpus() == 64
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert train.parse_args([])[1]["workers"] == evaluation.parse_args(["all", "run"]).workers == 4
+
+
+@pytest.mark.parametrize("files, quota", [
+    ({}, None), ({"cpu.max": "max 100000"}, None), ({"cpu.max": "250000 100000"}, 2.5),
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5)])
+def test_quota_of_a_container(tmp_path, files, quota):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert datasets.cgroup_quota(tmp_path) == quota
+
+
+def test_shuffling_by_class_reads_every_label_once():
+    class Labels(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            Labels.reads += 1
+            return super().__getitem__(index)
+
+    labels = Labels(i // 2 for i in range(2000))  # a thousand classes
+    found = datasets.shuffled_by_class(labels)
+    assert Labels.reads <= 2 * 2000
+    assert len(found) == 1000 and sorted(sum(found, [])) == list(range(2000))
+    assert all(len({i // 2 for i in own}) == 1 for own in found)
+
+
 # --- --held-out -------------------------------------------------------------------------------
 
 
@@ -247,7 +335,7 @@ def test_held_out_opens_no_test_image_of_a_named_data_set(cub):
         other = next((cub / "CUB_200_2011" / "images").rglob("*_0002.jpg"))
         other.write_bytes(path.read_bytes())
     split = cub / "CUB_200_2011" / "train_test_split.txt"
-    split.write_text(split.read_text().replace("2 0", "2 1", 1))
+    split.write_text(split.read_text(encoding="utf-8").replace("2 0", "2 1", 1))
     whole = load_data("cub", cub)
     assert whole.train.targets == [0, 0, 0, 1, 1]
     for path in whole.test.paths:

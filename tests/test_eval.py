@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 
 import eval as evaluation
 from data.birds import Birds
+from data.datasets import Data
 from lodisc import UserError, VisionTransformer, create_vit
 
 
@@ -32,6 +33,109 @@ def test_logistic_regression_reaches_the_minimum():
         assert weights.grad.norm() < 1e-3  # convex: zero gradient at the minimum
     free = evaluation.fit_logistic(features, labels, 1e-3, zeros)[:-1].norm()
     assert evaluation.fit_logistic(features, labels, 1.0, zeros)[:-1].norm() < free
+
+
+@pytest.mark.parametrize("classes, dim, spread", [(4, 8, 2.0), (5, 150, 1.0), (3, 40, 0.1)])
+@pytest.mark.parametrize("strength", evaluation.STRENGTHS)
+def test_fit_converges_at_every_strength(classes, dim, spread, strength):
+    """Compare with Newton's method in float64; classes overlap, or can be separated."""
+    features, labels = clusters(120, classes, dim, spread)
+    features = features * torch.logspace(-1, 0.5, dim)  # ill-conditioned
+    found = evaluation.fit_logistic(features, labels, strength, torch.zeros(dim + 1, classes))
+    assert found.dtype == torch.float32
+    inputs = torch.cat([features, torch.ones(120, 1)], 1).double()
+
+    def objective(weights):
+        return (F.cross_entropy(inputs @ weights, labels)
+                + strength / 2 * weights[:-1].square().sum())
+
+    best = found.double()
+    for _ in range(3):
+        gradient = torch.func.grad(objective)(best).flatten()
+        hessian = torch.func.hessian(objective)(best).reshape(gradient.numel(), -1)
+        step = torch.linalg.lstsq(hessian + 1e-12 * torch.eye(len(gradient)), gradient).solution
+        better = best - step.reshape(best.shape)
+        best = better if objective(better) < objective(best) else best
+    assert objective(found.double()) <= objective(best) * (1 + 1e-4) + 1e-7
+
+
+def test_fit_that_does_not_converge_warns(monkeypatch):
+    features, labels = clusters(200, spread=2.0)
+    monkeypatch.setattr(evaluation, "range", lambda n: [0], raising=False)
+    with pytest.warns(UserWarning, match="strength 1e-06 has not converged"):
+        evaluation.fit_logistic(features, labels, 1e-6, torch.zeros(9, 4))
+
+
+@pytest.mark.parametrize("strength", evaluation.STRENGTHS)
+def test_probe_matches_scikit_learn(strength):
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="a comparison, not needed")
+    (features, labels), (test, classes) = (clusters(400, 10, 32, 3.0, seed) for seed in (0, 1))
+    theirs = linear_model.LogisticRegression(C=1 / (400 * strength), tol=1e-9, max_iter=20_000)
+    theirs.fit(features.double().numpy(), labels.numpy())
+    ours = evaluation.fit_logistic(features, labels, strength, torch.zeros(33, 10)).double()
+    other = torch.cat([torch.from_numpy(theirs.coef_.T), torch.from_numpy(theirs.intercept_)[None]])
+    losses, hits = [], []
+    for weights in (ours, other):
+        scores = features.double() @ weights[:-1] + weights[-1]
+        losses.append(F.cross_entropy(scores, labels) + strength / 2 * weights[:-1].square().sum())
+        scores = test.double() @ weights[:-1] + weights[-1]
+        hits.append((scores.argmax(1) == classes).sum().item())
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-3)
+    assert abs(hits[0] - hits[1]) <= 1
+
+
+def test_strength_at_the_edge_is_reported(monkeypatch, capsys):
+    assert evaluation.STRENGTHS == (1, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    data = Data(Birds("train", 40), Birds("test", 40))
+    for strength in evaluation.STRENGTHS:
+        monkeypatch.setattr(evaluation, "linear_probe", lambda *args: {
+            "top1": 0.5, "strength": strength})
+        evaluation.evaluate({"raw pixels": evaluation.RawPixels()}, data, (16, (0.5,) * 3,
+                                                                           (0.5,) * 3), "linear")
+        line = f"raw pixels: the probe's best strength, {strength:g}, is at the edge of its grid\n"
+        assert capsys.readouterr().out == (line if strength in (1, 1e-6) else "")
+
+
+def test_split_of_the_probe_is_the_same_for_every_run(monkeypatch):
+    """No seed reaches it: not the caller's, nor torch's state."""
+    (features, labels), seen, real = clusters(100), [], evaluation.fit_logistic
+    monkeypatch.setattr(evaluation, "fit_logistic", lambda features, *rest: (
+        seen.append(features), real(features, *rest))[1])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        evaluation.linear_probe((features, labels), (features, labels))
+    parts = [part for part in seen if len(part) < 100]
+    assert len(parts) == 3 * len(evaluation.STRENGTHS)
+    assert all(torch.equal(part, parts[0]) for part in parts)
+    assert not torch.equal(seen[0], features[:90])  # drawn, and class by class
+
+
+def test_probe_without_a_class_of_two_takes_the_strongest():
+    features, labels = torch.randn(12, 5), torch.arange(12)
+    result = evaluation.linear_probe((features, labels), (features, labels))
+    assert result["strength"] == evaluation.STRENGTHS[0] and 0 <= result["top1"] <= 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("metric", ["linear", "linear, test", "knn", "knn, test", "retrieval"])
+def test_features_that_are_not_finite_are_an_error(metric, value):
+    (features, labels), (test, classes) = clusters(40), clusters(30, seed=1)
+    broken = test if "test" in metric or metric == "retrieval" else features
+    broken[3:5, 2] = value
+    metrics = {"linear": evaluation.linear_probe, "knn": evaluation.knn}
+    with pytest.raises(UserError, match=f"features of 2 of {len(broken)} images are not finite"):
+        if metric == "retrieval":
+            evaluation.retrieval((test, classes))
+        else:
+            metrics[metric.split(",")[0]]((features, labels), (test, classes))
+
+
+def test_importance_that_is_not_finite_is_an_error():
+    encoder = create_vit("vit_nano", 32, 8)
+    with torch.no_grad():
+        encoder.cls_token.fill_(math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        evaluation.localisation(encoder, Birds("test", 8))
 
 
 def test_linear_probe_scores():
@@ -176,10 +280,10 @@ def test_save_rows_keeps_other_results_and_separates_values_per_image(tmp_path):
     again = {"trained": {"linear": {"top1": 0.6, "per_image": {"top1": [1, 1]}}}}
     evaluation.save_rows(tmp_path, again)
     evaluation.save_rows(tmp_path, {"trained": {"knn": {"top1": 0.7}}}, "momentum", "cub")
-    assert json.loads((tmp_path / "eval.json").read_text()) == {
+    assert json.loads((tmp_path / "eval.json").read_text(encoding="utf-8")) == {
         "linear": {"top1": 0.6}, "knn": {"top1": 0.2}, "pixels": {"knn": {"top1": 0.3}},
         "initial": {"linear": {"top1": 0.1}}, "cub": {"momentum": {"knn": {"top1": 0.7}}}}
-    per_image = json.loads((tmp_path / "per_image.json").read_text())
+    per_image = json.loads((tmp_path / "per_image.json").read_text(encoding="utf-8"))
     assert per_image["linear"]["per_image"]["top1"] == [1, 1]
     assert per_image["initial"]["linear"]["per_image"]["top1"] == [0, 0]
 
@@ -202,9 +306,9 @@ def test_class_of_one_image_is_never_held_out(monkeypatch):
     features, seen, real = torch.randn(38, 5), [], evaluation.fit_logistic
     monkeypatch.setattr(evaluation, "fit_logistic", lambda features, labels, *rest: (
         seen.append(labels.unique().tolist()), real(features, labels, *rest))[1])
-    for seed in range(3):
-        evaluation.linear_probe((features, labels), (features, labels), seed)
-    assert all(classes == list(range(31)) for classes in seen) and len(seen) == 21
+    evaluation.linear_probe((features, labels), (features, labels))
+    assert all(classes == list(range(31)) for classes in seen)
+    assert len(seen) == len(evaluation.STRENGTHS) + 1
 
 
 def test_raw_pixels_are_pooled_to_16_px():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import eval as evaluation
 import experiments
 import train
 from data import draw
@@ -64,6 +65,112 @@ def test_markdown_rows():
                         "| global | 3 | 0.500 |"]
 
 
+def line(path, seed, **changes):
+    """Append to a store as if a run of "lodisc" on flowers had finished."""
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    values = {"top1": 0.001 * (1 + len(before)), "rank1": 0.0, "rank5": 0.0, "mAP": 0.0}
+    record = {"name": f"flowers-seed-{seed}", "weights": "a" * 64, "images": "36 + 12 images, abc",
+              "device": "cpu, float32", "evaluation": 1, "source": "a.pth", "where": "1 threads",
+              "config": {"seed": seed}, "queries": {},
+              "metrics": dict.fromkeys(("linear", "knn", "retrieval"), values), **changes}
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def tables_of(text):
+    """Split a printed text -> {title: lines of the table}."""
+    titles = [part for part in text.split("\n\n") if part and not part.startswith("|")]
+    return dict(zip([title.strip() for title in titles], map(lines_of, text.split("\n\n")[1::2])))
+
+
+def test_tables_never_mix_identities(flowers, capsys):
+    """Store a run of another device, evaluation, weights or images: each has its own table."""
+    path = Path("results/flowers.jsonl")
+    for seed, changes in ((0, {}), (1, {}), (0, {"device": "NVIDIA H200, bfloat16"}),
+                          (2, {"evaluation": 2}), (3, {"weights": "b" * 64, "source": "b.pth"}),
+                          (4, {"images": "36 + 12 images, abd"})):
+        line(path, seed, **changes)
+    experiments.main(["methods", str(flowers), "--rows", "lodisc", "--seeds"])
+    tables = tables_of(capsys.readouterr().out)
+    rows = {title: lines[2].split(" | ")[1:3] for title, lines in tables.items()}
+    expected = {"abc; cpu, float32, 1 threads; evaluation 1; initial weights: a.pth": [
+                    "0 1", "0.002 ± 0.001"],
+                "NVIDIA H200, bfloat16, 1 threads; evaluation 1": ["0", "0.003"],
+                "evaluation 2; initial weights: a.pth": ["2", "0.004"],
+                f"b.pth, SHA-256 of the tensors {'b' * 64}": ["3", "0.005"],
+                "methods on flowers: 36 + 12 images, abd; cpu": ["4", "0.006"]}
+    assert len(rows) == 5
+    for words, cells in expected.items():
+        assert [row for title, row in rows.items() if words in title] == [cells], words
+
+
+def test_table_of_other_weights_has_no_stored_number(flowers, capsys):
+    """Ask for a file other than the stored runs', for theirs under another name, and for none."""
+    path = Path("results/flowers.jsonl")
+    encoders = {name: VisionTransformer(16, 8, 96, 2, 3) for name in ("own", "other")}
+    for name, encoder in encoders.items():
+        experiments.evaluation.export(encoder, f"{name}.pth")
+    torch.save(encoders["own"].state_dict() | {"head.weight": torch.zeros(1)}, "renamed.pth")
+    assert experiments.init_hash("own.pth") == experiments.weights_hash(encoders["own"])
+    assert experiments.init_hash("own.pth") != experiments.init_hash("other.pth")
+    line(path, 0, weights=experiments.init_hash("own.pth"), source="own.pth")
+    ask = ["methods", str(flowers), "--rows", "lodisc", "--seeds"]
+    Path("copies").mkdir()
+    Path("own.pth").rename("copies/moved.pth")
+    experiments.main([*ask, "--init", "copies/moved.pth"])
+    assert "| lodisc | 0 | 0.001" in capsys.readouterr().out
+    for arguments, says in ((["--init", "other.pth"], "no such run is stored"),
+                            (["--init", "missing.pth"], "missing.pth: no such file"),
+                            (["0", "--init", "missing.pth"], "missing.pth: no such file")):
+        with pytest.raises(UserError, match=says):
+            experiments.main([*ask, *arguments])
+    assert "0.001" not in capsys.readouterr().out
+    for word, change in (("name", {"a.bias": torch.zeros(2)}),
+                         ("value", {"a.weight": torch.ones(2)}),
+                         ("shape", {"a.weight": torch.zeros(2, 1)})):
+        module = torch.nn.Module()
+        module.state_dict = lambda: {"a.weight": torch.zeros(2)}
+        first = experiments.weights_hash(module)
+        module.state_dict = lambda change=change: change
+        assert experiments.weights_hash(module) != first, word
+
+
+def test_images_are_known_by_names_and_sizes(flowers):
+    first = experiments.describe_images(load_data(str(flowers)))
+    moved = flowers.rename(flowers.parent / "moved")
+    assert experiments.describe_images(load_data(str(moved))) == first
+    assert experiments.describe_images(load_data(str(moved), held_out=True)) != first
+    path = moved / "test" / "class 1" / "0.jpg"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"1")
+    assert experiments.describe_images(load_data(str(moved))) != first
+    path.write_bytes(whole)
+    assert experiments.describe_images(load_data(str(moved))) == first
+    path.rename(path.with_name("00.jpg"))
+    assert experiments.describe_images(load_data(str(moved))) != first
+    birds = [experiments.describe_images(Data(Birds("train", 9, seed), Birds("test", 4)))
+             for seed in (0, 1)]
+    assert birds[0] != birds[1] and birds[0].startswith("9 + 4 images, ")
+
+
+def test_runs_on_a_cpu_are_in_float32(monkeypatch):
+    options = experiments.complete("synthetic", ["--epochs", "twice"], init=None)
+    assert options[-2:] == ["--amp", "off"] and options[1] == "20"
+    assert experiments.complete("synthetic", ["--amp", "bf16"]).count("--amp") == 1
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
+    assert "--amp" not in experiments.complete("synthetic", [])
+    assert experiments.describe_device(torch.device("cpu"), "bf16", 384) == "cpu, bfloat16"
+
+
+def test_damaged_store_is_named():
+    line(Path("results/flowers.jsonl"), 0)
+    with open("results/flowers.jsonl", "a") as file:
+        file.write('{"name": "half')
+    with pytest.raises(UserError, match="flowers.jsonl, line 2 is damaged"):
+        experiments.main(["methods", "flowers", "--seeds"])
+
+
 def test_variants_weight_the_local_loss_or_blur_the_other_patches():
     model = experiments.Variant(VisionTransformer(16, 4, 8, 1, 2), weight=2, hidden_dim=8,
                                  output_dim=4)
@@ -110,6 +217,7 @@ def test_held_out_tables_open_no_test_image(flowers, monkeypatch, capsys):
     assert config["num_images"] == 30  # four fifths of 36, by class
     record, = experiments.stored(str(flowers)).values()
     assert record["queries"]["class"] == [0, 0, 1, 1, 2, 2]
+    assert record["images"].startswith("30 + 6 images, ") and record["device"] == "cpu, float32"
 
 
 def test_options_of_tables_are_valid():
@@ -129,6 +237,8 @@ def test_invalid_arguments_raise_before_training(flowers, monkeypatch):
         experiments.main(["methods", str(flowers / "train")])
     with pytest.raises(UserError, match="at most 10, got 11"):
         experiments.main(["methods", "--seeds", *map(str, range(11))])
+    with pytest.raises(UserError, match="give the seed"):
+        experiments.main(["pictures", "--seeds"])
     with pytest.raises(UserError, match="--rows: no other in global, local, lodisc"):
         experiments.main(["methods", "--rows", "lodisc", "other"])
     assert not experiments.RUNS.exists()
@@ -159,18 +269,22 @@ def test_table_of_seeds(monkeypatch, capsys):
         cells = [cell.strip() > "" for cell in line.split("|")[3:-1]]
         assert cells == 5 * [True] + 2 * [False] + [True, False]
     folders = sorted(experiments.RUNS.iterdir())
-    assert [folder.name for folder in folders] == [
+    assert len({folder.name[-9:] for folder in folders}) == 1  # of the identity
+    assert [folder.name[:-9] for folder in folders] == [
         *(f"synthetic-method-Variant-method-option-weight=2-workers-0-seed-{i}" for i in (0, 1)),
         "synthetic-workers-0-seed-0", "synthetic-workers-0-seed-1"]
-    top1, object_ = ([json.loads((folder / "eval.json").read_text())[part][key]
+    top1, object_ = ([json.loads((folder / "eval.json").read_text(encoding="utf-8"))[part][key]
                       for folder in folders] for part, key in (
                           ("linear", "top1"), ("localisation", "object")))
     assert experiments.spread(top1[2:]) in lines[4]
     assert experiments.difference(top1[:2], top1[2:]) in lines[6]
     assert experiments.difference(object_[:2], object_[2:]) in lines[6]
     records = experiments.stored("synthetic")
-    assert set(records) == {folder.name for folder in folders}
-    record = records["synthetic-workers-0-seed-1"]
+    names, (identity, *others) = [name for name, _ in records], {known for _, known in records}
+    assert not others and identity.evaluation == evaluation.VERSION
+    assert identity[:3] == ("from scratch", experiments.describe_images(data), "cpu, float32")
+    assert sorted(names) == [folder.name[:-9] for folder in folders]
+    record = records["synthetic-workers-0-seed-1", identity]
     assert np.mean(record["queries"]["rank1"]) == pytest.approx(
         record["metrics"]["retrieval"]["rank1"])
     assert record["queries"]["class"] == data.test.targets
@@ -198,13 +312,14 @@ def test_table_of_seeds(monkeypatch, capsys):
         [line.rsplit("|", 2)[0] for line in lines]  # equal except for the seconds
 
     begun.clear()  # a setting that may change with --resume does not make a run stale
-    assert experiments.run("synthetic", options, 0, "elsewhere") == folders[2] and not begun
+    assert experiments.run("synthetic", options, 0, "elsewhere") == (folders[2], identity)
+    assert not begun
     small["epochs"] = 3  # the recipe has changed
-    with pytest.raises(UserError, match="is a run with epochs 2; move it away"):
+    with pytest.raises(UserError, match="is a run with epochs 2, .*; move it away"):
         experiments.run("synthetic", options, 0)
     small["epochs"] = 2
     begun.clear()
-    folder = experiments.run("synthetic", [*options, *experiments.TWICE], 0)
+    folder, _ = experiments.run("synthetic", [*options, *experiments.TWICE], 0)
     assert read_weights(folder)["config"]["epochs"] == 4
     begun.clear()
 
@@ -235,11 +350,11 @@ def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypa
     rows = [line.split(" |")[0] for line in lines_of(printed)]
     assert rows.count("| initial") == rows.count("| lodisc − global") == 3
     assert printed.count("bootstrap over seeds and queries: [") == 2
-    record = experiments.stored(str(flowers))["flowers-init-image-size-16-batch-size-12-epochs-1-"
-                                              "workers-0-seed-3"]
+    record, = [record for (name, _), record in experiments.stored(str(flowers)).items() if name ==
+               "flowers-image-size-16-batch-size-12-epochs-1-workers-0-seed-3"]
     mean = record["metrics"]["mean"]
     assert mean["linear"] and mean["initial"]["retrieval"] and mean["pixels"]
-    folder = experiments.RUNS / record["name"]
+    folder, = experiments.RUNS.glob(record["name"] + "-*")
     encoders = {"initial": load_encoder("nano.pth"), "own": load_encoder(folder, momentum=True)}
     crop = 16, encoders["own"].mean, encoders["own"].std
     expected = experiments.measure(encoders, load_data(str(flowers)).test, crop)
@@ -248,7 +363,7 @@ def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypa
             in printed)
 
     path, = experiments.STORE.iterdir()  # as if another table had run some of them
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for line in lines:
         if "global" not in line["name"] or line["name"].endswith("seed-4"):
             del line["metrics"]["mean"]

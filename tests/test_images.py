@@ -193,4 +193,5 @@ def test_damaged_results_are_not_overwritten():
     Path("eval.json").write_text("{half")
     with pytest.raises((UserError, ValueError)):
         evaluation.save_rows(Path("."), {"trained": {"knn": {"top1": 0.5}}})
-    assert Path("eval.json").read_text() == "{half" and not Path("per_image.json").exists()
+    assert Path("eval.json").read_text(encoding="utf-8") == "{half"
+    assert not Path("per_image.json").exists()

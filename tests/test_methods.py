@@ -62,7 +62,7 @@ def own(flowers):
 
 
 def rows(folder):
-    with open(Path(folder) / "metrics.csv", newline="") as file:
+    with open(Path(folder) / "metrics.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -175,10 +175,65 @@ def test_held_out_runs_are_evaluated_on_the_held_out_images(flowers, capsys):
     for path in (flowers / "test").rglob("*.jpg"):
         path.write_bytes(b"never opened")
     train.main(["--data", str(flowers), *SMALL, "--held-out", "--out", "run"])
-    results = json.loads(Path("run/eval.json").read_text())
+    results = json.loads(Path("run/eval.json").read_text(encoding="utf-8"))
     assert results["retrieval"]["queries"] == 6  # a fifth of 12 each
     evaluation.main(["retrieval", "run", "--workers", "0"])
-    assert json.loads(Path("run/eval.json").read_text())["retrieval"] == results["retrieval"]
+    again = json.loads(Path("run/eval.json").read_text(encoding="utf-8"))
+    assert again["retrieval"] == results["retrieval"]
+
+
+def test_method_file_imports_its_neighbours(own):
+    """A package, a module, and none that hides an installed one."""
+    Path("methods/parts").mkdir(parents=True)
+    Path("methods/parts/__init__.py").write_text("WEIGHT = 0.25\n")
+    Path("methods/losses.py").write_text("from parts import WEIGHT\n")
+    Path("methods/einops.py").write_text("raise RuntimeError('hides the installed one')\n")
+    for module in ("einops.layers", "losses", "parts"):
+        sys.modules.pop(module, None)
+    Path("methods/mine.py").write_text(
+        "from lodisc import LoDisc\nimport einops.layers\nfrom losses import WEIGHT\n\n\n"
+        "class Mine(LoDisc):\n    weight = WEIGHT\n")
+    train.main([*own[:-4], "--epochs", "1", "--method", "methods/mine.py:Mine", "--out", "run"])
+    assert evaluation.load_method("methods/mine.py:Mine").weight == 0.25
+    image = str(next(Path("flowers/test").rglob("*.jpg")))
+    evaluation.main(["masks", "run", image])
+
+
+def test_masks_of_a_run_whose_method_file_has_moved(own, monkeypatch):
+    train.main([*own, "--out", "run"])
+    image = str(next(Path("flowers/test").rglob("*.jpg")))
+    Path("elsewhere").mkdir()
+    Path("own.py").rename("elsewhere/moved.py")
+    with pytest.raises(UserError, match="own.py:Third: no such method"):
+        evaluation.main(["masks", "run", image])
+    seen, real = [], evaluation.build_model
+    monkeypatch.setattr(evaluation, "build_model", lambda *args, **options: (
+        seen.append(real(*args, **options)), seen[-1])[1])
+    evaluation.main(["masks", "run", image, "--method", "elsewhere/moved.py:Third"])
+    assert type(seen[0]).__name__ == "Third" and seen[0].weight == 0.5
+    Path("narrow.py").write_text("from lodisc import LoDisc\n\n\nclass Narrow(LoDisc):\n"
+                                 "    def __init__(self, encoder, weight, **options):\n"
+                                 "        options['output_dim'] = 8\n"
+                                 "        super().__init__(encoder, **options)\n")
+    with pytest.raises(UserError, match="does not fit --method: .*size mismatch") as error:
+        evaluation.main(["masks", "run", image, "--method", "narrow.py:Narrow"])
+    assert "\n" not in str(error.value)
+    evaluation.main(["export", "run", "--out", "weights.pth"])
+    with pytest.raises(UserError, match="--method is for a run"):
+        evaluation.main(["masks", "weights.pth", image, "--method", "elsewhere/moved.py:Third"])
+
+
+def test_floats_of_a_method_are_logged_as_tensors_are(own):
+    """Return a Python float, an int, and a scalar of another dtype with a gradient."""
+    Path("own.py").write_text(OWN.replace("class Output(NamedTuple):", "class Output(NamedTuple):\n"
+                                          "    weight: float\n    count: int\n    half: object")
+                              .replace("return Output(", "return Output(0.125, len(view1), "
+                                       "out.total.double() / 2, "))
+    train.main([*own, "--epochs", "1", "--out", "run"])
+    row, = rows("run")
+    assert (row["weight"], row["count"]) == ("0.125", "12.0")
+    assert float(row["half"]) == pytest.approx(
+        (float(row["total"]) - float(row["third_loss"])) / 2, rel=1e-5)
 
 
 def test_method_file_replaces_no_module(flowers):

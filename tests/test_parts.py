@@ -146,14 +146,14 @@ def test_parts_command_on_a_run(few_birds, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "STRENGTHS", (1.0, 1e-3))
     monkeypatch.setattr(evaluation, "DRAWS", 3)
     train.main([*SMALL, "run"])
-    before = json.loads(Path("run/eval.json").read_text())
+    before = json.loads(Path("run/eval.json").read_text(encoding="utf-8"))
     capsys.readouterr()
     for _ in range(2):  # the second call overwrites parts.png
         evaluation.main(["parts", "run", "--device", "cpu", "--workers", "0"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("mean IoU", "± draws", "body", "head", "wing", "ground",
                                             "raw pixels", "untrained", "trained"))
-    results = json.loads(Path("run/eval.json").read_text())
+    results = json.loads(Path("run/eval.json").read_text(encoding="utf-8"))
     for row in (results, results["untrained"], results["pixels"]):
         parts = row["parts"]
         assert 0 < parts["mean_iou"] < 1 and (parts["shots"], len(parts["draws"])) == (10, 3)
@@ -162,7 +162,7 @@ def test_parts_command_on_a_run(few_birds, capsys, monkeypatch):
         assert picture.width > 8 * 128 and picture.height > 3 * 128
     evaluation.main(["parts", "run", "--shots", "4", "--device", "cpu", "--workers", "0",
                      "--out", "four.png"])
-    results = json.loads(Path("run/eval.json").read_text())
+    results = json.loads(Path("run/eval.json").read_text(encoding="utf-8"))
     assert results["4 shots"]["parts"]["shots"] == 4 and results["parts"]["shots"] == 10
     for shots in ("1", "201"):
         with pytest.raises(UserError, match=rf"--shots must be in \[2, 200\], got {shots}"):

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 import eval as evaluation
 import train
 from conftest import same, weights
-from data.augment import Batches, TwoViews
-from lodisc import LoDisc, UserError, contrastive_loss, create_vit, gather
+from data import augment
+from data.augment import Batches, TwoViews, mix_seed
+from lodisc import METHODS, LoDisc, UserError, contrastive_loss, create_vit, gather
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(__file__).parent.parent
@@ -41,36 +44,63 @@ def model_and_views(method):
     return model, torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)
 
 
-def run_rank(rank, method, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model, views = model_and_views(method)
+def wait_for_rank_0(rank, folder):
+    """Let rank 0 work for longer than the group's timeout, or raise; return what each got."""
+    def work():
+        if rank == 0:
+            time.sleep(4)  # the group's timeout is 2 s
+            Path(folder, "downloaded").touch()
+        assert Path(folder, "downloaded").exists()
+        return rank
+
+    def fail():
+        raise UserError("of rank 0")
+
+    found = [train.rank_0_first(work, rank, 2)]
+    try:
+        train.rank_0_first(fail, rank, 2)
+    except (UserError, SystemExit) as error:
+        found.append(f"{type(error).__name__} {error}")
+    return found
+
+
+def run_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
+                            timeout=timedelta(seconds=2))
+    waited = wait_for_rank_0(rank, folder)
     keys, offset = gather(torch.full((2, 3), float(rank)))
     assert offset == 2 * rank and keys[:, 0].tolist() == [0, 0, 1, 1] and not keys.requires_grad
-    view1, view2 = views[:, 4 * rank:4 * rank + 4]
-    parallel = DistributedDataParallel(model)
-    output = parallel(view1, view2)
-    output.total.backward()
-    torch.save({"losses": torch.stack(output[:3]).detach(),
-                "gradients": [p.grad for p in model.parameters() if p.requires_grad]},
-               f"{folder}/{rank}.pt")
+    results = {"waited": waited}
+    for method in METHODS:
+        model, views = model_and_views(method)
+        view1, view2 = views[:, 4 * rank:4 * rank + 4]
+        parallel = DistributedDataParallel(model)
+        output = parallel(view1, view2)
+        output.total.backward()
+        results[method] = {"losses": torch.stack(output[:3]).detach(),
+                           "gradients": [p.grad for p in model.parameters() if p.requires_grad]}
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["lodisc", "global", "local"])
-def test_two_ranks_match_loss_and_gradients_of_one(tmp_path, method):
-    spawn(run_rank, (method, str(tmp_path)), nprocs=2)
+def test_two_ranks_match_loss_and_gradients_of_one(tmp_path):
+    """Check all methods; and that rank 0 may take its time before the others begin."""
+    spawn(run_rank, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    model, (view1, view2) = model_and_views(method)
-    output = model(view1, view2)
-    output.total.backward()
-    mean = (ranks[0]["losses"] + ranks[1]["losses"]) / 2
-    assert (mean - torch.stack(output[:3])).abs().max() < 1e-10
-    assert (ranks[0]["losses"] - mean).abs().max() > 1e-6  # each rank has half of the batch
-    gradients = [p.grad for p in model.parameters() if p.requires_grad]
-    assert max(gradient.abs().max() for gradient in gradients) > 1e-3
-    for rank in ranks:
-        for theirs, ours in zip(rank["gradients"], gradients, strict=True):
-            assert (theirs - ours).abs().max() < 1e-10
+    assert [rank.pop("waited") for rank in ranks] == [[0, "UserError of rank 0"],
+                                                      [1, "SystemExit 2"]]
+    for method in METHODS:
+        model, (view1, view2) = model_and_views(method)
+        output = model(view1, view2)
+        output.total.backward()
+        own, other = (rank[method]["losses"] for rank in ranks)
+        assert ((own + other) / 2 - torch.stack(output[:3])).abs().max() < 1e-10
+        assert (own - other).abs().max() > 1e-6  # each rank has half of the batch
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        assert max(gradient.abs().max() for gradient in gradients) > 1e-3
+        for rank in ranks:
+            for theirs, ours in zip(rank[method]["gradients"], gradients, strict=True):
+                assert (theirs - ours).abs().max() < 1e-10
 
 
 def test_gather_without_process_group_returns_the_keys():
@@ -83,7 +113,7 @@ def files(folder):
 
 
 def test_torchrun_writes_once_and_matches_evaluation_of_one_process(flowers, capsys):
-    options = ["--data", flowers, *SMALL, "--workers", "1"]
+    options = ["--data", flowers, *SMALL, "--workers", "1", "--mask", "random"]
     done = subprocess.run([*TORCHRUN, *options, "--lr", "0", "--epochs", "2", "--out", "whole"],
                           text=True, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -92,9 +122,9 @@ def test_torchrun_writes_once_and_matches_evaluation_of_one_process(flowers, cap
     assert files("whole") == ["checkpoint.pt", "config.json", "eval.json", "metrics.csv",
                               "per_image.json", "run.png"]
     # evaluated again in one process: the same metrics
-    results = json.loads(Path("whole/eval.json").read_text())
+    results = json.loads(Path("whole/eval.json").read_text(encoding="utf-8"))
     evaluation.main(["all", "whole", "--workers", "0"])
-    again = json.loads(Path("whole/eval.json").read_text())
+    again = json.loads(Path("whole/eval.json").read_text(encoding="utf-8"))
     for kind, names in {"linear": ["top1", "top5"], "knn": ["top1"],
                         "retrieval": ["rank1", "rank5", "mAP"]}.items():
         for name in names:
@@ -106,22 +136,30 @@ def test_torchrun_writes_once_and_matches_evaluation_of_one_process(flowers, cap
 def check_losses(folder, dataset):
     """Check that metrics.csv has the mean over both ranks, recomputed here at learning rate 0."""
     settings = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)["config"]
-    model, per_rank = train.build_model(settings).train(), []
+    model, per_rank, step = train.build_model(settings).train(), [], 0
     views = TwoViews(dataset, 16, settings["mean"], settings["std"], 0, settings["crop_min"])
     batches = Batches(len(dataset), 12, 0)
     for pairs in [pairs for batches.epoch in range(2) for pairs in batches]:
         view1, view2 = map(torch.stack, zip(*(views[pair] for pair in pairs)))
         halves = [(view1[:6], view2[:6]), (view1[6:], view2[6:])]  # BatchNorm sees one of them
         keys = [[model.global_key(half[view])[0] for half in halves] for view in (0, 1)]
-        per_rank.append([sum(contrastive_loss(model.query(half[view]),
-                                              torch.cat(keys[1 - view]), 0.2, 6 * rank)
-                             for view in (0, 1)).item()
-                         for rank, half in enumerate(halves)])
-    with open(Path(folder, "metrics.csv")) as file:
-        found = [float(row["global_loss"]) for row in csv.DictReader(file)]
-    losses = torch.tensor(per_rank).unflatten(0, (2, 3))  # (epochs, steps, ranks)
-    assert found == pytest.approx(losses.mean((1, 2)).tolist(), rel=1e-4)
-    assert found != pytest.approx(losses[..., 0].mean(1).tolist(), rel=1e-3)
+        draws = [torch.Generator().manual_seed(mix_seed(augment.MASKS, 0, step, rank))
+                 for rank in (0, 1)]  # each rank draws its own masks
+        local = [[model.local_key(half[view], model.pivotal_mask(half[view], None, draw))
+                  for half, draw in zip(halves, draws)] for view in (0, 1)]
+        for kind in (keys, local):
+            per_rank.append([sum(contrastive_loss(model.query(half[view]),
+                                                  torch.cat(kind[1 - view]), 0.2, 6 * rank)
+                                 for view in (0, 1)).item()
+                             for rank, half in enumerate(halves)])
+        step += 1
+    with open(Path(folder, "metrics.csv"), encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    losses = torch.tensor(per_rank).unflatten(0, (2, 3, 2))  # (epochs, steps, losses, ranks)
+    for i, name in enumerate(("global_loss", "local_loss")):
+        found = [float(row[name]) for row in rows]
+        assert found == pytest.approx(losses[:, :, i].mean((1, 2)).tolist(), rel=1e-4)
+        assert found != pytest.approx(losses[:, :, i, 0].mean(1).tolist(), rel=1e-3)
 
 
 @pytest.mark.slow
@@ -156,3 +194,38 @@ def test_batch_size_not_divisible_by_ranks_raises():
         train.check_settings({**config, "batch_size": 5}, 2)
     with pytest.raises(UserError, match=r"\[8, 2000\]"):
         train.check_settings({**config, "batch_size": 4}, 4)
+
+
+@pytest.mark.parametrize("processes, images, batch_size", [(1, 2000, 128), (3, 2000, 126),
+                                                           (8, 100, 96), (3, 7, 6)])
+def test_default_batch_size_is_a_multiple_of_the_ranks(processes, images, batch_size):
+    given, defaults = train.parse_args([])
+    config = {**defaults, **given}
+    train.fill_defaults(config, torch.device("cpu"), images, processes)
+    train.check_settings(config, processes)
+    assert config["batch_size"] == batch_size
+
+
+@pytest.mark.parametrize("mistake", [["--batch-size", "5"], *(
+    pytest.param(mistake, marks=pytest.mark.slow) for mistake in (
+        ["--epochs", "many"], ["--resume", "missing"], ["--out", "flowers"]))])
+def test_mistake_is_printed_by_one_rank(flowers, mistake):
+    options = ["--data", flowers, *SMALL]
+    if mistake[0] == "--resume":
+        options = []
+    done = subprocess.run([*TORCHRUN, *options, *mistake], text=True, capture_output=True,
+                          timeout=200)
+    assert done.returncode != 0 and files(".") == ["flowers"]
+    said = done.stderr.partition("torch/distributed/elastic")[0]  # torchrun's own report
+    assert said.count("train.py: ") == 1 and "Traceback" not in said, said
+    assert {"--resume": "missing: no such file"}.get(mistake[0], mistake[0]) in said
+
+
+def test_image_that_one_rank_cannot_read_is_named_once(flowers):
+    broken = flowers / "train" / "class 1" / "5.jpg"
+    broken.write_bytes(b"no image")
+    done = subprocess.run([*TORCHRUN, "--data", flowers, *SMALL, "--workers", "1"], text=True,
+                          capture_output=True, timeout=200)
+    assert done.returncode != 0 and done.stderr.count(f"{broken} is not a readable image") == 1
+    assert "Traceback" not in done.stderr.partition("torch/distributed/elastic")[0]
+    assert not list(Path("runs").iterdir())  # as with one process: nothing to resume from

@@ -20,8 +20,9 @@ from lodisc import (ARCHITECTURES, IMPORTANCES, LOCAL_INPUTS, MASKS, METHODS, Lo
                     create_vit)
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "data" / "README.md",
-                                             ROOT / "tests" / "RESULTS.md") if path.exists()}
+PAGES = {path: path.read_text(encoding="utf-8") for path in (
+    ROOT / "README.md", ROOT / "data" / "README.md", ROOT / "tests" / "RESULTS.md")
+    if path.exists()}
 README = PAGES[ROOT / "README.md"]
 MODULES = [importlib.import_module(name) for name in
            ("lodisc", "train", "eval", "data.augment", "data.birds", "data.datasets", "data.draw",

@@ -4,7 +4,6 @@ import csv
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -31,7 +30,7 @@ class Killed(Exception):
 
 
 def rows(folder):
-    with open(Path(folder) / "metrics.csv", newline="") as file:
+    with open(Path(folder) / "metrics.csv", newline="", encoding="utf-8") as file:
         return [[row[name] for name in ("epoch", "step", "total", "lr")]
                 for row in csv.DictReader(file)]
 
@@ -176,6 +175,8 @@ def test_metrics_csv_is_truncated_to_the_checkpoint(flowers):
 
 
 def test_full_disk_raises_one_line_and_leaves_no_partial_file(flowers):
+    resource = pytest.importorskip("resource", reason="Windows has no limits")
+
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
@@ -204,12 +205,12 @@ def test_failed_resume_in_the_first_epoch_keeps_the_folder(flowers, monkeypatch)
 def test_full_disk_after_an_epoch_keeps_the_last_checkpoint(flowers, monkeypatch):
     real, steps = torch.save, []
 
-    def save(contents, path):
+    def save(contents, file):
         steps.append(contents["step"])
         if len(steps) == 3:
-            Path(path).write_bytes(b"partial")
+            file.write(b"partial")
             raise RuntimeError("file write failed")
-        real(contents, path)
+        real(contents, file)
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(UserError, match="disk full"):

@@ -34,11 +34,11 @@ def test_run_writes_checkpoint_metrics_and_results(flowers, capsys):
     printed = capsys.readouterr().out
     assert f"chance level: global_loss {4 * 0.2 * math.log(12):.3f}, local_loss" in printed
     assert all(row in printed for row in ("raw pixels", "untrained", "trained", "mAP"))
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config == torch.load(folder / "checkpoint.pt", weights_only=True)["config"]
     assert config["data"] == str(flowers) and config["epochs"] == 2 and config["seed"] == 0
     assert [config[name] for name in ("dim", "depth", "heads")] == [96, 4, 3]
-    with open(folder / "metrics.csv", newline="") as file:
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["epoch", "step", "total", "global_loss", "local_loss", "lr",
                              "momentum", "images_per_second", "seconds"]
@@ -46,10 +46,10 @@ def test_run_writes_checkpoint_metrics_and_results(flowers, capsys):
     for row in rows:
         assert float(row["total"]) == pytest.approx(float(row["global_loss"])
                                                     + float(row["local_loss"]), abs=1e-4)
-    results = json.loads((folder / "eval.json").read_text())
+    results = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     assert 0 <= results["linear"]["top1"] <= 1
     assert results["untrained"]["retrieval"]["queries"] == 12
-    per_image = json.loads((folder / "per_image.json").read_text())
+    per_image = json.loads((folder / "per_image.json").read_text(encoding="utf-8"))
     for part in (per_image, per_image["pixels"], per_image["untrained"]):
         assert len(part["retrieval"]["per_image"]["average_precision"]) == 12
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -69,14 +69,14 @@ def test_run_writes_checkpoint_metrics_and_results(flowers, capsys):
     before = (folder / "checkpoint.pt").stat().st_mtime_ns
     (folder / "eval.json").unlink()
     evaluation.main(["all", str(folder), "--workers", "0"])
-    again = json.loads((folder / "eval.json").read_text())
+    again = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     assert again == {name: results[name] for name in ("linear", "knn", "retrieval")}
     shutil.copytree(flowers, "other")
     for what, options in (("linear", ["--momentum"]), ("knn", ["--momentum"]),
                           ("knn", ["--features", "mean"]), ("knn", ["--data", str(flowers)]),
                           ("knn", ["--data", "other"])):
         evaluation.main([what, str(folder), *options, "--workers", "0"])
-    after = json.loads((folder / "eval.json").read_text())
+    after = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     assert after.pop("momentum").keys() == {"linear", "knn"}
     assert after.pop("mean").keys() == {"knn"}
     assert after == {**again, str(Path("other").resolve()): {"knn": again["knn"]}}  # under its key
@@ -97,7 +97,7 @@ def test_run_writes_checkpoint_metrics_and_results(flowers, capsys):
 def test_weights_follow_the_schedules(flowers):
     """Check frozen parameters, the EMA, and warm-up and cosine of the learning rate."""
     train.main(["--data", str(flowers), *SMALL, "--out", "a"])
-    settings = json.loads(Path("a/config.json").read_text())
+    settings = json.loads(Path("a/config.json").read_text(encoding="utf-8"))
     start, end = train.build_model(settings).state_dict(), weights("a")
     for name in ("encoder.patch_embed.proj.weight", "encoder.pos_embed"):
         assert torch.equal(start[name], end[name])
@@ -139,7 +139,7 @@ def test_incomplete_last_batch_is_dropped(flowers):
     extra = flowers / "train" / "class 0" / "extra.jpg"
     extra.write_bytes((flowers / "train" / "class 0" / "0.jpg").read_bytes())
     train.main(["--data", str(flowers / "train"), *SMALL, "--out", "run"])  # 37 = 3 * 12 + 1
-    with open("run/metrics.csv", newline="") as file:
+    with open("run/metrics.csv", newline="", encoding="utf-8") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["3", "6"]
 
 
@@ -151,7 +151,7 @@ def test_every_variant_trains(flowers, options):
     train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", "--out", "run"])
     train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", *options, "--out",
                 "new"])
-    with open("new/metrics.csv", newline="") as file:
+    with open("new/metrics.csv", newline="", encoding="utf-8") as file:
         row = next(csv.DictReader(file))
     assert math.isfinite(float(row["total"])) and float(row["total"]) > 0
     if options[0] == "--method":
@@ -245,12 +245,33 @@ def test_step_skipped_by_the_scaler_is_not_counted(flowers, monkeypatch, capsys)
     monkeypatch.setattr(LoDisc, "forward", forward)
     train.main(["--data", str(flowers / "train"), *SMALL, "--amp", "fp16", "--out", "run"])
     assert capsys.readouterr().out.count("scaler skipped 1 of 3 steps") == 1
-    with open("run/metrics.csv", newline="") as file:
+    with open("run/metrics.csv", newline="", encoding="utf-8") as file:
         rows = [float(row["total"]) for row in csv.DictReader(file)]
     assert rows[0] == pytest.approx((done[0] + done[2]) / 2, rel=1e-5)
     assert rows[1] == pytest.approx(sum(done[3:]) / 3, rel=1e-5)
     step = torch.load("run/checkpoint.pt", weights_only=True)["optimizer"]["state"][0]["step"]
     assert step == 5
+
+
+def test_run_whose_every_step_is_skipped_is_an_error(flowers, monkeypatch):
+    """Use float16 with infinite gradients throughout, and in the second epoch alone."""
+    done, real = [], LoDisc.forward
+
+    def forward(self, *args):
+        output = real(self, *args)
+        done.append(output)
+        overflows = len(done) > first
+        return output._replace(total=output.total * 1e38 * 10) if overflows else output
+
+    monkeypatch.setattr(LoDisc, "forward", forward)
+    options = ["--data", str(flowers), *SMALL, "--amp", "fp16", "--out", "run"]
+    for first, epoch in ((0, 1), (3, 2)):
+        done.clear()
+        with pytest.raises(UserError, match=f"overflowed in every step of epoch {epoch}, .*--amp "
+                           "bf16 or off"):
+            train.main(options)
+        assert len(done) == 3 * epoch and Path("run").exists() == (epoch == 2)
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 3
 
 
 def test_progress_has_the_remaining_time(capsys, monkeypatch):
@@ -289,6 +310,34 @@ def test_precision_follows_the_device(monkeypatch):
         assert train.pick_precision("auto", torch.device("mps"), 768) is None
 
 
+def test_short_runs_are_not_all_warm_up():
+    for epochs, warmup in ((1, 0.17), (3, 0.5), (6, 1), (10, 1), (100, 1)):
+        assert chosen("--epochs", str(epochs))["warmup_epochs"] == warmup
+    for epochs, warmup in ((1, 0.17), (6, 1), (46, 2)):
+        config = chosen("--data", "DIR", "--epochs", str(epochs))
+        assert config["warmup_epochs"] == warmup
+    assert chosen("--data", "DIR", "--epochs", "6", device="cuda")["warmup_epochs"] == 1
+    assert chosen("--epochs", "1", "--warmup-epochs", "1")["warmup_epochs"] == 1  # as requested
+
+
+@pytest.mark.parametrize("export", [False, True])
+def test_init_of_a_run_keeps_its_image_size(flowers, export, capsys):
+    options = ["--data", str(flowers / "train"), *SMALL[:2], "--patch-size", "8", *SMALL[6:]]
+    train.main([*options, "--image-size", "24", "--out", "run"])
+    if export:
+        evaluation.main(["export", "run", "--out", "encoder.pth"])
+    source = "encoder.pth" if export else "run"
+    train.main([*options, "--init", source, "--out", "longer"])
+    assert "image_size 24" in capsys.readouterr().out
+    first, second = load_encoder("run"), load_encoder("longer")
+    assert (second.image_size, second.num_patches) == (24, 9)
+    config = torch.load("longer/checkpoint.pt", weights_only=True)["config"]
+    start = train.build_model(config).encoder.state_dict()
+    assert same(start, first.state_dict())
+    train.main([*options, "--init", source, "--image-size", "16", "--out", "smaller"])
+    assert load_encoder("smaller").image_size == 16  # as requested
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("local_input", ["pixels", "tokens"])
 def test_compiled_passes_match_eager(local_input):
@@ -308,6 +357,12 @@ def test_compiled_passes_match_eager(local_input):
         error = (plain.float() - compiled.float()).abs().max()
         assert error < 1e-5 * plain.float().abs().max().clamp_min(1)  # LayerNorm is steep near 0
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_largest_seed_trains(flowers):
+    train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", "--mask", "random",
+                "--seed", "4294967295", "--out", "run"])
+    assert Path("run/checkpoint.pt").exists()
 
 
 def test_existing_folder_is_not_overwritten(flowers):
@@ -330,6 +385,7 @@ def test_existing_folder_is_not_overwritten(flowers):
     (["--method-option", "a=1"], "--method-option"),
     (["--epochs", "0"], "--epochs"),
     (["--seed", "-1"], "--seed"),
+    (["--seed", "4294967296"], "--seed must be in [0, 4294967295]"),
     (["--warmup-epochs", "-5"], "--warmup-epochs"),
     (["--momentum", "3"], "--momentum"),
     (["--device", "quantum"], "quantum"),

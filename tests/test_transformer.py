@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models import ViT_B_16_Weights, vit_b_16
+from torchvision.models import ViT_B_16_Weights
+from torchvision.models import VisionTransformer as TorchvisionViT
 
 from lodisc import (IMAGENET_MEAN, IMAGENET_STD, Attention, Block, UserError, VisionTransformer,
                     attention_weights, create_vit, require, sincos_positions)
 
 
 def torchvision_weights(model):
-    """Return torchvision's vit_b_16 parameters under timm's names."""
+    """Return the parameters of torchvision's ViT under timm's names."""
     renames = (("encoder.layers.encoder_layer_", "blocks."), ("ln_1", "norm1"), ("ln_2", "norm2"),
                ("self_attention.in_proj_", "attn.qkv."), ("self_attention.out_proj", "attn.proj"),
                ("mlp.0", "mlp.fc1"), ("mlp.3", "mlp.fc2"), ("conv_proj", "patch_embed.proj"),
@@ -29,15 +30,15 @@ def torchvision_weights(model):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_features_match_torchvision(dtype, tolerance):
-    theirs = vit_b_16(weights=None)
+    theirs = TorchvisionViT(96, 16, num_layers=3, num_heads=12, hidden_dim=768, mlp_dim=3072)
     theirs.heads = torch.nn.Identity()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():  # biases, norms, class token too
             parameter.normal_(1.0 if "ln" in name and "weight" in name else 0.0, 0.05)
     theirs.to(dtype).eval()
-    ours = create_vit("vit_base", 224, 16).to(dtype)
+    ours = VisionTransformer(96, 16, dim=768, depth=3, heads=12).to(dtype)
     ours.load_state_dict(torchvision_weights(theirs))
-    images = torch.randn(2, 3, 224, 224, dtype=dtype)
+    images = torch.randn(2, 3, 96, 96, dtype=dtype)
     with torch.no_grad():
         expected, (features, attentions) = theirs(images), ours(images)
     assert attentions == []

@@ -408,7 +408,7 @@ def test_run_resumes_without_its_init_file(flowers, monkeypatch, capsys):
     file = new_encoder(24, 8, 96, 4, 3)
     torch.save({"state_dict": file.state_dict(), "config": sizes(file)}, "nano.pth")
     train.main(["--data", str(flowers), *SMALL, "--init", "nano.pth", "--out", "run"])
-    assert '"initial"' in Path("run/eval.json").read_text()
+    assert '"initial"' in Path("run/eval.json").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="--resume run: the run has --init .*nano.pth"):
         train.main(["--resume", "run", "--init", "none"])
     Path("nano.pth").unlink()

@@ -1,0 +1,342 @@
+"""What a run leaves on the disk: whole files or none, also if two write at once or nothing fits."""
+
+import ast
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import train
+from conftest import same, weights
+from data.birds import Birds
+from lodisc import UserError, VisionTransformer, load_encoder
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+ROOT = Path(__file__).parent.parent
+SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--epochs", "1",
+         "--batch-size", "12", "--workers", "0", "--device", "cpu"]
+
+
+def names(folder="."):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
+                                   RuntimeError("write failed"), KeyboardInterrupt()])
+def test_file_is_whole_or_unchanged(error):
+    def write(file):
+        file.write(b"half of i")
+        raise error
+
+    evaluation.write_whole(Path("file"), lambda file: file.write(b"before"))
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError
+    with pytest.raises(expected) as caught:
+        evaluation.write_whole(Path("file"), write)
+    assert Path("file").read_bytes() == b"before" and names() == ["file"]
+    if expected is UserError:
+        assert str(caught.value).startswith("file could not be written (") and "\n" not in str(
+            caught.value)
+    evaluation.write_whole(Path("file"), lambda file: file.write(b"after"))
+    assert Path("file").read_bytes() == b"after" and names() == ["file"]
+
+
+def test_every_file_of_a_run_is_written_whole(flowers, monkeypatch):
+    """Record what is opened for writing: each file is a temporary one that replaces its name."""
+    opened, replaced, real_open, real_replace = [], [], open, os.replace
+    monkeypatch.setattr("builtins.open", lambda file, mode="r", *args, **options: (
+        opened.append(str(file)) if set(mode) & set("wax") else None,
+        real_open(file, mode, *args, **options))[1])
+    monkeypatch.setattr(os, "replace", lambda part, path: (
+        replaced.append((str(part), Path(path).name)), real_replace(part, path))[1])
+    train.main(["--data", str(flowers), *SMALL, "--out", "run"])
+    evaluation.main(["export", "run"])
+    evaluation.main(["masks", "run", "--workers", "0"])
+    written = {name for part, name in replaced if part in opened}
+    assert written == set(names("run")) == {
+        "checkpoint.pt", "config.json", "encoder.pth", "eval.json", "masks.png", "metrics.csv",
+        "per_image.json", "run.png"}
+    assert {path for path in opened if "run/" in path} <= {part for part, _ in replaced}
+
+
+def test_two_processes_lose_no_result():
+    """Merge from two processes at once, 40 results each."""
+    code = ("import sys; sys.path.insert(0, sys.argv[1])\n"
+            "import eval as evaluation\nfrom pathlib import Path\n"
+            "for i in range(40):\n"
+            "    evaluation.save_rows(Path('.'), {'trained': {f'{sys.argv[2]}{i}': {'a': i}}})\n")
+    Path("merge.py").write_text(code, encoding="utf-8")
+    both = [subprocess.Popen([sys.executable, "merge.py", ROOT, name], stdout=subprocess.DEVNULL)
+            for name in "ab"]
+    assert [process.wait(timeout=100) for process in both] == [0, 0]
+    results = json.loads(Path("eval.json").read_text(encoding="utf-8"))
+    assert results == {f"{name}{i}": {"a": i} for name in "ab" for i in range(40)}
+    assert names() == ["eval.json", "merge.py", "per_image.json"]
+
+
+@pytest.mark.parametrize("contents", [b"{half", b"[1]", b"\xff\xfe{"])
+@pytest.mark.parametrize("name", ["eval.json", "per_image.json"])
+def test_damaged_results_are_named_and_kept(name, contents):
+    Path(name).write_bytes(contents)
+    with pytest.raises(UserError, match=f"^{name} is damaged .*move it away") as error:
+        evaluation.save_rows(Path("."), {"trained": {"knn": {"top1": 0.5}}})
+    assert "\n" not in str(error.value)
+    assert Path(name).read_bytes() == contents and names() == [name]
+
+
+def test_results_are_printed_where_they_cannot_be_stored(flowers, monkeypatch, capsys):
+    """Evaluate a finished run, and resume it, in a folder that takes no files."""
+    train.main(["--data", str(flowers), *SMALL, "--out", "run"])
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    real = open
+
+    def refuse(file, mode="r", *args, **options):
+        if set(mode) & set("wax"):
+            raise PermissionError(13, "Permission denied")
+        return real(file, mode, *args, **options)
+
+    capsys.readouterr()
+    monkeypatch.setattr("builtins.open", refuse)  # a read-only folder does not stop root
+    evaluation.main(["all", "run", "--workers", "0"])
+    printed = capsys.readouterr().out
+    assert "trained" in printed and "mAP" in printed
+    assert printed.count("\nnot stored: run/eval.json could not be written (Permission den") == 1
+    train.main(["--resume", "run"])
+    printed = capsys.readouterr().out
+    assert "untrained" in printed and printed.count("not stored: ") == 3
+    assert "not stored: run/run.png" in printed
+    with pytest.raises(UserError, match="run/encoder.pth could not be written"):
+        evaluation.main(["export", "run"])
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_disk_that_is_full_in_the_middle_of_a_run_is_an_error(flowers, monkeypatch):
+    options = ["--data", str(flowers / "train"), *SMALL, "--epochs", "2"]
+    train.main([*options, "--out", "run"])
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"step": 3, "history": checkpoint["history"][:1]}, "run/checkpoint.pt")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="checkpoint.pt could not be written"):
+        train.main(["--resume", "run"])
+
+
+def test_export_on_a_full_disk_leaves_nothing():
+    resource = pytest.importorskip("resource", reason="Windows has no limits")
+    encoder = VisionTransformer(16, 8, 192, 4, 3)
+    torch.save(encoder.state_dict(), "weights.pth")
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    done = subprocess.run([sys.executable, ROOT / "eval.py", "export", "weights.pth", "--device",
+                           "cpu"], capture_output=True, text=True, preexec_fn=small_files)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "encoder.pth could not be written" in done.stderr and names() == ["weights.pth"]
+
+
+def test_picture_has_the_format_of_its_ending(tmp_path):
+    picture = Image.new("RGB", (20, 10), (200, 30, 40))
+    for name, kind in (("a.png", "PNG"), ("b.JPG", "JPEG"), ("c.webp", "WEBP")):
+        evaluation.save_picture(picture, tmp_path / name)
+        assert Image.open(tmp_path / name).format == kind
+    with pytest.raises(UserError, match="d.txt: expected the ending of a picture"):
+        evaluation.save_picture(picture, tmp_path / "d.txt")
+    assert names(tmp_path) == ["a.png", "b.JPG", "c.webp"]
+
+
+# --- folders and interruptions ----------------------------------------------------------------
+
+
+def test_runs_started_at_once_have_their_own_numbers(monkeypatch):
+    """Make the folders from eight threads; and lose the race for a number to another process."""
+    config, found = {"data": "birds", "method": "lodisc"}, []
+    start = threading.Barrier(8)
+
+    def make():
+        start.wait()
+        found.append(train.new_folder(train.NEW_RUN, config).name)
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [f"birds-lodisc-{i}" for i in range(1, 9)] == names("runs")
+    real = Path.mkdir
+
+    def late(self, *args, **options):
+        if self.name == "birds-lodisc-9":
+            real(self, exist_ok=True)  # the other process was faster
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    assert train.new_folder(train.NEW_RUN, config).name == "birds-lodisc-10"
+
+
+@pytest.mark.parametrize("place", ["load_data", "build_model", "build_optimizer", "torch.save"])
+def test_interruption_before_the_first_checkpoint_leaves_nothing(flowers, monkeypatch, place):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    owner, _, name = place.rpartition(".")
+    monkeypatch.setattr({"torch": torch, "": train}[owner], name, interrupt)
+    with pytest.raises(UserError, match="^interrupted before the first checkpoint: nothing is sto"):
+        train.main(["--data", str(flowers), *SMALL])
+    assert not Path("runs").exists() or names("runs") == []
+
+
+@pytest.mark.slow
+def test_sigint_at_any_moment_advises_what_works(flowers):
+    """Interrupt real runs after growing delays, from the program's start on."""
+    outcomes = set()
+    for tenths in range(20, 60, 4):
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "train.py", "--data", flowers, *SMALL, "--epochs", "400",
+             "--out", "run"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        try:
+            process.wait(timeout=tenths / 10)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=100)
+        if "Traceback" in error:  # while Python still imported
+            assert "import" in error and not Path("run").exists()
+            continue
+        assert process.returncode == 2 and error.count("\n") == 1, error
+        resumable = "--resume run" in error
+        assert resumable == Path("run/checkpoint.pt").exists() == Path("run").exists()
+        outcomes.add(resumable)
+        if resumable:
+            assert load_encoder("run").image_size == 16
+            shutil.rmtree("run")
+    assert True in outcomes
+
+
+@pytest.mark.parametrize("contents", [None, b"half a checkpoint"])
+def test_failed_resume_keeps_the_folder(contents):
+    """A user's own folder is never removed, whatever is wrong with it."""
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("keep me", encoding="utf-8")
+    if contents:
+        Path("mine/checkpoint.pt").write_bytes(contents)
+    with pytest.raises(UserError):
+        train.main(["--resume", "mine"])
+    assert Path("mine/notes.txt").read_text(encoding="utf-8") == "keep me"
+
+
+# --- shared memory, Windows -------------------------------------------------------------------
+
+
+class Dies(torch.utils.data.Dataset):
+    """Ends its loading process as the kernel does when /dev/shm is full."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGBUS)
+
+
+class Mistaken(Dies):
+    def __getitem__(self, index):
+        raise RuntimeError("my own mistake")
+
+
+def test_death_of_a_loading_process_names_the_remedies():
+    loader = torch.utils.data.DataLoader(Dies(), num_workers=1)
+    with pytest.raises(UserError, match="DataLoader worker.*--workers 0.*--shm-size") as error:
+        list(train.iterate(loader))
+    assert "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match="my own mistake"):  # keeps its traceback
+        list(train.iterate(torch.utils.data.DataLoader(Mistaken(), num_workers=1)))
+
+
+def test_batches_fit_into_the_shared_memory_of_a_container(monkeypatch):
+    """Of a container's 64 MB, two loading processes need less for the recipe's 98 px."""
+    image = 3 * 98 * 98 * 4  # bytes
+    batches, real = [], train.DataLoader
+
+    def record(dataset, *args, **options):
+        loader = real(dataset, *args, **options)
+        batches.append(loader)
+        return loader
+
+    monkeypatch.setattr(train, "DataLoader", record)
+    monkeypatch.setattr(evaluation, "DataLoader", record)
+    data = train.load_data("synthetic")
+    monkeypatch.setattr(train, "load_data", lambda *_: type(data)(Birds("train", 24),
+                                                                  Birds("test", 20)))
+    train.main([*SMALL, "--workers", "2", "--out", "run"])
+    views = train.RECIPES["init"]["batch_size"] * 2 * image
+    training, *others = batches
+    assert (2 * training.prefetch_factor + 1) * views < 64e6
+    assert len(others) == 2
+    for loader in others:
+        assert (2 * loader.prefetch_factor + 1) * loader.batch_size * image < 64e6
+
+
+@pytest.mark.parametrize("path", sorted(
+    path.relative_to(ROOT).as_posix() for folder in ("", "data", "tests")
+    for path in (ROOT / folder).glob("*.py")))
+def test_module_names_utf_8_and_imports_on_windows(path):
+    """Text is opened as UTF-8, which is not Windows' default, and no module needs Unix to load."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        name = getattr(node, "func", None)
+        name = getattr(name, "attr", getattr(name, "id", None))
+        if name == "open" and isinstance(node.func, ast.Name):
+            modes = [word.value for word in node.args[1:2] if isinstance(word, ast.Constant)]
+            reads = not any(set(mode) & set("bwax") for mode in modes)
+        else:
+            reads = name == "read_text"
+        if reads:
+            named = any(word.arg == "encoding" for word in node.keywords)
+            assert named, f"{path}, line {node.lineno}: no encoding"
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imported = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            assert not imported & {"resource", "fcntl", "pwd", "grp", "termios"}, path
+
+
+def test_resumed_run_equals_an_undisturbed_one_in_every_file(flowers, monkeypatch):
+    """Stop after the second epoch's checkpoint, before metrics.csv: the next start mends it."""
+    options = ["--data", str(flowers / "train"), *SMALL, "--epochs", "3"]
+    train.main([*options, "--out", "whole"])
+    real, saved = train.write_text, []
+
+    def stop(path, text):
+        saved.append(path.name)
+        if saved.count("metrics.csv") == 3:
+            raise MemoryError
+        real(path, text)
+
+    monkeypatch.setattr(train, "write_text", stop)
+    with pytest.raises(MemoryError):
+        train.main([*options, "--out", "part"])
+    monkeypatch.undo()
+    os.chdir(flowers.parent)
+    assert len(Path("part/metrics.csv").read_text(encoding="utf-8").splitlines()) == 2
+    train.main(["--resume", "part"])
+    assert same(weights("part"), weights("whole"))
+    first, second = ([row.split(",")[:5] for row in Path(folder, "metrics.csv").read_text(
+        encoding="utf-8").splitlines()] for folder in ("part", "whole"))
+    assert first == second and len(first) == 4
+
+
+def test_lodisc_is_importable_alone():
+    """lodisc.py needs none of the other modules."""
+    code = "import lodisc, sys; print(*sorted({'train', 'eval', 'data'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout == "\n"
