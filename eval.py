@@ -602,8 +602,11 @@ def exit_with_line(program, error):
     """Print a user's mistake in one line (of a loading process: the last) and exit with 2."""
     line = str(error).splitlines()[-1].removeprefix("lodisc.UserError: ")
     print(f"{program}: {line}", file=sys.stderr)
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(2)  # sys.exit would wait for the loading processes
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for process in torch.multiprocessing.active_children():
+        process.terminate()  # loading processes would end seconds later, with the pipes open
+    os._exit(2)  # sys.exit would wait for them
 
 
 if __name__ == "__main__":

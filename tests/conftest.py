@@ -20,9 +20,19 @@ settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
+# how long a DataLoader waits for a loading process that ends late; 5 s by default
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def quick_probe(monkeypatch):
+    """Fit the linear probe with one strength, where its value does not matter."""
+    monkeypatch.setattr(evaluation, "STRENGTHS", (1.0,))
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ def body(source, name):
     return "\n".join(source.splitlines()[node.body[0].end_lineno:node.end_lineno])
 
 
-def grade(kit, module):
+def grade(kit, module, exercise=""):
     """Grade a student's module -> {exercise: messages of the failed graders}."""
     failed = {}
     before = sys.modules.get("lodisc")
@@ -156,7 +156,7 @@ def grade(kit, module):
     try:
         graders = assignment.load(kit / "test_exercises.py", "graders")
         for name, grader in inspect.getmembers(graders, inspect.isfunction):
-            if name.startswith("test_"):
+            if name.startswith(f"test_{exercise}"):
                 try:
                     grader()
                 except (AssertionError, pytest.fail.Exception) as error:
@@ -168,9 +168,26 @@ def grade(kit, module):
     return failed
 
 
-def pytest_in(kit):
-    return subprocess.run([sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider"],
-                          cwd=kit, capture_output=True, text=True, timeout=200)
+@pytest.fixture(scope="module")
+def graded(kit, tmp_path_factory):
+    """Grade the blank kit, the real bodies and a syntax error, at once -> {name: (status, text)}."""
+    folders = {name: shutil.copytree(kit, tmp_path_factory.mktemp("students") / name)
+               for name in ("blank", "solved", "broken")}
+    solution = (kit / "lodisc.py").read_text(encoding="utf-8")
+    for exercise, (_, names) in assignment.EXERCISES.items():
+        for name in names:
+            indent = "        " if "." in name else "    "
+            hole = f'{indent}raise NotImplementedError("exercise {exercise}: {name}")'
+            assert solution.count(hole) == 1
+            solution = solution.replace(hole, body(SOURCE, name))
+    (folders["solved"] / "lodisc.py").write_text(solution)
+    (folders["broken"] / "lodisc.py").write_text("def broken(:\n")
+    (folders["broken"] / "test_mine.py").write_text("def test_foo():\n    pass\n")
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    begun = {name: subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+             for name, folder in folders.items()}
+    printed = {name: process.communicate(timeout=200)[0] for name, process in begun.items()}
+    return {name: (begun[name].returncode, text) for name, text in printed.items()}
 
 
 def test_kit_contains_no_solution(kit):
@@ -195,35 +212,22 @@ def test_kit_contains_no_solution(kit):
         assert ast.unparse(whole[name]) == ast.unparse(blank[name])
 
 
-def test_blank_kit_has_no_points_and_names_first_exercise(kit):
-    done = pytest_in(kit)
-    assert done.returncode == 1
-    assert "total         0 of 100" in done.stdout
+def test_blank_kit_has_no_points_and_names_first_exercise(graded):
+    status, text = graded["blank"]
+    assert status == 1 and "total         0 of 100" in text
     for exercise, (points, _) in assignment.EXERCISES.items():
-        assert f"{exercise:<12}  0 of {points}" in done.stdout
-    assert "exercise attention: attention_weights" in done.stdout
+        assert f"{exercise:<12}  0 of {points}" in text
+    assert "exercise attention: attention_weights" in text
 
 
-def test_original_bodies_get_full_points(kit, tmp_path):
-    student = shutil.copytree(kit, tmp_path / "student")
-    solution = (kit / "lodisc.py").read_text(encoding="utf-8")
-    for exercise, (_, names) in assignment.EXERCISES.items():
-        for name in names:
-            indent = "        " if "." in name else "    "
-            hole = f'{indent}raise NotImplementedError("exercise {exercise}: {name}")'
-            assert solution.count(hole) == 1
-            solution = solution.replace(hole, body(SOURCE, name))
-    (student / "lodisc.py").write_text(solution)
-    done = pytest_in(student)
-    assert done.returncode == 0 and "total       100 of 100" in done.stdout, done.stdout
+def test_original_bodies_get_full_points(graded):
+    status, text = graded["solved"]
+    assert status == 0 and "total       100 of 100" in text, text
 
 
-def test_kit_with_syntax_error_has_no_points(kit, tmp_path):
-    shutil.copytree(kit, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "lodisc.py").write_text("def broken(:\n")
-    (tmp_path / "test_mine.py").write_text("def test_foo():\n    pass\n")
-    done = pytest_in(tmp_path)
-    assert "INTERNALERROR" not in done.stdout and "total         0 of 100" in done.stdout
+def test_kit_with_syntax_error_has_no_points(graded):
+    _, text = graded["broken"]
+    assert "INTERNALERROR" not in text and "total         0 of 100" in text
 
 
 def test_exercises_have_enough_wrong_solutions():
@@ -242,7 +246,7 @@ def test_wrong_solutions_are_caught(kit, tmp_path, exercise, what, name, right, 
     assert before.count(right) >= 1, f"{name} does not contain {right!r}"
     after = before.replace(right, wrong)
     (tmp_path / "wrong.py").write_text(SOURCE.replace(before, after))
-    failed = grade(kit, assignment.load(tmp_path / "wrong.py", "lodisc_with_a_mistake"))
+    failed = grade(kit, assignment.load(tmp_path / "wrong.py", "lodisc_with_a_mistake"), exercise)
     assert exercise in failed
     for message in failed[exercise]:  # a hint, no bare assertion
         assert len(message.partition("\n")[0]) > 10 and not message.startswith("assert "), message

@@ -49,7 +49,7 @@ def test_file_is_whole_or_unchanged(error):
     assert Path("file").read_bytes() == b"after" and names() == ["file"]
 
 
-def test_every_file_of_a_run_is_written_whole(flowers, monkeypatch):
+def test_every_file_of_a_run_is_written_whole(flowers, monkeypatch, quick_probe):
     """Record what is opened for writing: each file is a temporary one that replaces its name."""
     opened, replaced, real_open, real_replace = [], [], open, os.replace
     monkeypatch.setattr("builtins.open", lambda file, mode="r", *args, **options: (
@@ -92,7 +92,8 @@ def test_damaged_results_are_named_and_kept(name, contents):
     assert Path(name).read_bytes() == contents and names() == [name]
 
 
-def test_results_are_printed_where_they_cannot_be_stored(flowers, monkeypatch, capsys):
+def test_results_are_printed_where_they_cannot_be_stored(flowers, monkeypatch, capsys,
+                                                         quick_probe):
     """Evaluate a finished run, and resume it, in a folder that takes no files."""
     train.main(["--data", str(flowers), *SMALL, "--out", "run"])
     before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
@@ -132,6 +133,7 @@ def test_disk_that_is_full_in_the_middle_of_a_run_is_an_error(flowers, monkeypat
         train.main(["--resume", "run"])
 
 
+@pytest.mark.slow
 def test_export_on_a_full_disk_leaves_nothing():
     resource = pytest.importorskip("resource", reason="Windows has no limits")
     encoder = VisionTransformer(16, 8, 192, 4, 3)
@@ -263,7 +265,7 @@ def test_death_of_a_loading_process_names_the_remedies():
         list(train.iterate(torch.utils.data.DataLoader(Mistaken(), num_workers=1)))
 
 
-def test_batches_fit_into_the_shared_memory_of_a_container(monkeypatch):
+def test_batches_fit_into_the_shared_memory_of_a_container(monkeypatch, quick_probe):
     """Of a container's 64 MB, two loading processes need less for the recipe's 98 px."""
     image = 3 * 98 * 98 * 4  # bytes
     batches, real = [], train.DataLoader
@@ -333,10 +335,3 @@ def test_resumed_run_equals_an_undisturbed_one_in_every_file(flowers, monkeypatc
     first, second = ([row.split(",")[:5] for row in Path(folder, "metrics.csv").read_text(
         encoding="utf-8").splitlines()] for folder in ("part", "whole"))
     assert first == second and len(first) == 4
-
-
-def test_lodisc_is_importable_alone():
-    """lodisc.py needs none of the other modules."""
-    code = "import lodisc, sys; print(*sorted({'train', 'eval', 'data'} & {*sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and done.stdout == "\n"

@@ -143,7 +143,7 @@ def test_shots_cycle_through_the_classes():
 
 @pytest.mark.usefixtures("elsewhere")
 def test_parts_command_on_a_run(few_birds, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "STRENGTHS", (1.0, 1e-3))
+    monkeypatch.setattr(evaluation, "STRENGTHS", (1.0,))
     monkeypatch.setattr(evaluation, "DRAWS", 3)
     train.main([*SMALL, "run"])
     before = json.loads(Path("run/eval.json").read_text(encoding="utf-8"))

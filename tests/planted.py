@@ -1,0 +1,368 @@
+"""Plant defects, one at a time, in a copy of the project, and see whether the fast tests notice.
+
+    python tests/planted.py                     # all: an hour or more; the same command resumes
+    python tests/planted.py --only momentum     # those whose text or description has this word
+    python tests/planted.py --jobs 2            # so many at a time
+
+Prints killed or survived for each, and keeps what was killed in runs/planted.json; survivors run
+again. Left out of the tests are those that compare the source's text, which would notice any change
+(test_assignment.py, test_planted.py). A survivor is a test that is missing, or a change without an
+effect: EXPLAINED says why."""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+STORE = Path("runs/planted.json")
+FIRST = {  # the tests most likely to notice come first
+    "lodisc.py": "mask branches regions transformer weights loop",
+    "train.py": "loop train methods resume files processes", "eval.py": "loop eval train weights",
+    "data/augment.py": "data loop", "data/datasets.py": "datasets data images",
+    "data/birds.py": "data parts", "data/draw.py": "draw"}
+LEFT_OUT = ("test_assignment.py", "test_planted.py")
+
+
+class Defect(NamedTuple):
+    file: str
+    old: str  # occurs once in the file
+    new: str
+    breaks: str
+
+
+DEFECTS = [Defect(*row) for row in [
+    # --- train.py: options that do not arrive -------------------------------------------------
+    ("train.py", 'seed, config["crop_min"])\n', "seed)\n", "--crop-min ignored"),
+    ("train.py", 'weight_decay=config["weight_decay"]', "weight_decay=0.1", "--weight-decay ignored"),
+    ("train.py", 'lr=0.0, weight_decay=config["weight_decay"]', "lr=0.0, weight_decay=0.0",
+     "weight decay 0"),
+    ("train.py", 'total, config["momentum"])\n', "total)\n", "--momentum ignored"),
+    ("train.py", 'config["lr"] * config["batch_size"] / 256, config["encoder_lr"]',
+     'config["lr"] * config["batch_size"] / 256, config["lr"] * config["batch_size"] / 256',
+     "--encoder-lr ignored"),
+    ("train.py", 'config["lr"] * config["batch_size"] / 256, config["encoder_lr"]',
+     'config["lr"], config["encoder_lr"]', "--lr not per 256 images"),
+    ("train.py", 'round(steps * config["warmup_epochs"])', "steps", "--warmup-epochs ignored"),
+    ("train.py", 'num_workers=config["workers"],\n                        generator',
+     "num_workers=0,\n                        generator", "--workers ignored in training"),
+    ("train.py", 'pick_precision(config["amp"], device', 'pick_precision("auto", device',
+     "--amp ignored"),
+    ("train.py", 'load_data(config["data"], config["data_root"], download, config["held_out"])',
+     'load_data(config["data"], config["data_root"], download)', "--held-out ignored"),
+    ("train.py", 'load_data(config["data"], config["data_root"], download, config["held_out"])',
+     'load_data(config["data"], "datasets", download, config["held_out"])', "--data-root ignored"),
+    ("train.py", 'load_encoder(config["init"], config["init_momentum"])\n',
+     'load_encoder(config["init"])\n', "--init-momentum ignored by the sizes"),
+    ("train.py", 'if config["compile"]:', "if False:", "--compile ignored"),
+    ("train.py", 'device = pick_device(config["device"])', 'device = pick_device("auto")',
+     "--device ignored"),
+    ("train.py", "batches = augment.Batches(len(data.train), config[\"batch_size\"], seed, rank",
+     "batches = augment.Batches(len(data.train), config[\"batch_size\"], 0, rank",
+     "--seed does not reach the order"),
+    ("train.py", 'views = augment.TwoViews(data.train, *crop, seed,',
+     'views = augment.TwoViews(data.train, *crop, 0,', "--seed does not reach the views"),
+    # --- train.py: schedules and order of calls -----------------------------------------------
+    ("train.py", "    model.update_momentum(m)\n    return output", "    return output",
+     "no EMA at all"),
+    ("train.py", 'm = momentum_schedule(step, total, config["momentum"])', 'm = config["momentum"]',
+     "EMA momentum constant"),
+    ("train.py", """    optimizer.zero_grad()
+    scale = scaler.get_scale()
+    scaler.scale(output.total).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    model.update_momentum(m)
+""", """    optimizer.zero_grad()
+    scale = scaler.get_scale()
+    scaler.scale(output.total).backward()
+    model.update_momentum(m)
+    scaler.step(optimizer)
+    scaler.update()
+""", "EMA before the optimiser's step"),
+    ("train.py", "    optimizer.zero_grad()\n", "", "gradients add up over steps"),
+    ("train.py", "    scaler.step(optimizer)\n", "", "no optimiser step"),
+    ("train.py", "output = parallel(*views, generator, progress)",
+     "output = parallel(views[0], views[0], generator, progress)", "view 2 is view 1"),
+    ("train.py", "output = parallel(*views, generator, progress)",
+     "output = parallel(views[0], views[1].roll(1, 0), generator, progress)",
+     "view 2 of another image"),
+    ("train.py", "generator, step / total, m)", "generator, 0.0, m)",
+     "progress does not reach the method"),
+    ("train.py", "if step < warmup:", "if step <= warmup:", "warm-up one step too long"),
+    ("train.py", "return peak * step / warmup", "return peak", "no rise in the warm-up"),
+    ("train.py", "return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2",
+     "return peak", "no cosine of the learning rate"),
+    ("train.py", "batches.epoch, log = epoch, Log(", "batches.epoch, log = 0, Log(",
+     "the same order and views in every epoch"),
+    ("train.py", "generator.manual_seed(augment.mix_seed(augment.MASKS, seed, step, rank))",
+     "generator.manual_seed(augment.mix_seed(augment.MASKS, seed, step))",
+     "rank left out of the masks' seed"),
+    ("train.py", "generator.manual_seed(augment.mix_seed(augment.MASKS, seed, step, rank))",
+     "generator.manual_seed(augment.mix_seed(augment.MASKS, seed, rank))",
+     "step left out of the masks' seed"),
+    ("train.py", "generator.manual_seed(augment.mix_seed(augment.MASKS, seed, step, rank))",
+     "generator.manual_seed(augment.mix_seed(augment.MASKS, 0, step, rank))",
+     "--seed does not reach the masks"),
+    ("train.py", "    model.train()\n    for epoch", "    model.eval()\n    for epoch",
+     "BatchNorm with running statistics while training"),
+    ("train.py", 'group["lr"] = learning_rate(step, warmup, total, group["peak"])',
+     'group["lr"] = learning_rate(step, warmup, total, 1e-3)',
+     "both groups at one peak"),
+    ("train.py", 'name.startswith("encoder.") == inside', 'name.startswith("other.") == inside',
+     "no parameter in the encoder's group"),
+    # --- train.py: record, resume, results ----------------------------------------------------
+    ("train.py", "    for epoch in range(step // steps, epochs):", "    for epoch in range(epochs):",
+     "a resumed run begins anew"),
+    ("train.py", "                parts[name].load_state_dict(checkpoint[name])\n",
+     '                name == "optimizer" or parts[name].load_state_dict(checkpoint[name])\n',
+     "--resume forgets the optimiser's state"),
+    ("train.py", '        torch.set_rng_state(checkpoint["random"])  # unused here, for forks\n', "",
+     "--resume forgets the random state"),
+    ("train.py", "self.sums / max(1, self.done - self.skipped)", "self.sums / max(1, self.done)",
+     "skipped steps count in the mean loss"),
+    ("train.py", "            dist.all_reduce(self.sums)\n            self.sums /= dist.get_world_size()\n",
+     "            pass\n", "losses of rank 0 alone"),
+    ("train.py", 'recipe["lr"] *= min(1, recipe["batch_size"] / batch_size)',
+     'recipe["lr"] *= 1', "peak rate grows with the batch"),
+    ("train.py", 'require(self.skipped < self.steps,', "require(True,",
+     "a run of skipped steps is not noticed"),
+    ("train.py", "compared_encoders(config, load_encoder(folder))",
+     "compared_encoders(config, load_encoder(folder, True))",
+     "the momentum encoder evaluated as the online one"),
+    ("train.py", '[config[name] for name in ("image_size", "mean", "std")], "all", device',
+     '[config["image_size"], (0.5,) * 3, (0.5,) * 3], "all", device',
+     "evaluation with another normalisation"),
+    ("train.py", "film += shown_masks(model, examples, epoch + 1)",
+     "film += shown_masks(model, examples, epoch)", "masks of the film one epoch off"),
+    # --- eval.py ------------------------------------------------------------------------------
+    ("eval.py", "test = extract(encoders, data.test, crop, device, workers, kind)\n    train =",
+     "test = extract(encoders, data.train, crop, device, workers, kind)\n    train =",
+     "evaluation on the training images"),
+    ("eval.py", "extract(encoders, data.train, crop, device, workers, kind)",
+     "extract(encoders, data.test, crop, device, workers, kind)", "probe fitted on the test images"),
+    ("eval.py", "extract(encoders, data.train, crop, device, workers, kind)",
+     'extract(encoders, data.train, crop, device, workers, "class")', "--features ignored in train"),
+    ("eval.py", "found = encoder.tokens(images)[0][:, 1:]", "found = encoder.tokens(images)[0]",
+     "class token in the patches' mean"),
+    ("eval.py", "encoder.to(device).eval() for", "encoder.to(device) for",
+     "encoder not in eval mode"),
+    ("eval.py", "mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)\n    features,",
+     "mean, std = test_features.mean(0), test_features.std(0, correction=0).clamp_min(1e-6)\n    features,",
+     "standardised by the test set"),
+    ("eval.py", "held_out[shuffled[::10]] = True", "held_out[shuffled[::2]] = True",
+     "half of the training set held out"),
+    ("eval.py", "features[~held_out], labels[~held_out], strength", "features, labels, strength",
+     "strength chosen on images that were fitted"),
+    ("eval.py", "    weights = fit_logistic(features, labels, strength, torch.zeros_like(weights))\n",
+     "", "no last fit on all training images"),
+    ("eval.py", "strength = min(losses, key=losses.get)", "strength = max(losses, key=losses.get)",
+     "the worst strength"),
+    ("eval.py", "strength / 2 * weights[:-1].square().sum()", "strength / 2 * weights.square().sum()",
+     "penalty on the bias"),
+    ("eval.py", "def knn(train, test, k=20, temperature=0.07)", "def knn(train, test, k=5, temperature=0.07)",
+     "k-NN with five neighbours"),
+    ("eval.py", "def knn(train, test, k=20, temperature=0.07)", "def knn(train, test, k=20, temperature=10)",
+     "k-NN without weights"),
+    ("eval.py", "        same[torch.arange(len(own)), own] = False  # every query's nearest neighbour is itself\n",
+     "", "the query finds itself"),
+    ("eval.py", "rank[:, 0] <= 5, average", "rank[:, 0] <= 4, average", "rank-5 is rank-4"),
+    ("eval.py", "average = (count / rank *", "average = (1 / rank *", "average precision of one image"),
+    ("eval.py", 'features, labels = F.normalize(test[0], dim=1), test[1]', "features, labels = test",
+     "retrieval by dot product"),
+    ("eval.py", 'if init and fresh else', "if init else", "--resume needs the file of --init"),
+    ("eval.py", 'torch.manual_seed(config["seed"])', "torch.manual_seed(0)",
+     "--seed does not reach the initial weights"),
+    ("eval.py", "learned_positions=init, train_projection=init)", "learned_positions=init)",
+     "projection of loaded weights frozen"),
+    ("eval.py", 'names = "mask importance local_input keep_ratio temperature hidden_dim output_dim".split()',
+     'names = "mask importance local_input temperature hidden_dim output_dim".split()',
+     "--keep-ratio ignored"),
+    ("eval.py", 'names = "mask importance local_input keep_ratio temperature hidden_dim output_dim".split()',
+     'names = "mask importance local_input keep_ratio hidden_dim output_dim".split()',
+     "--temperature ignored"),
+    ("eval.py", 'names = "mask importance local_input keep_ratio temperature hidden_dim output_dim".split()',
+     'names = "importance local_input keep_ratio temperature hidden_dim output_dim".split()',
+     "--mask ignored"),
+    ("eval.py", "load_encoder(args.checkpoint, args.momentum, args.image_size)",
+     "load_encoder(args.checkpoint, False, args.image_size)", "eval.py --momentum ignored"),
+    ("eval.py", 'held_out=args.data == config.get("data") and config["held_out"])', "held_out=False)",
+     "eval.py opens the test images of a held-out run"),
+    ("eval.py", "os.replace(part, path)", "path.write_bytes(part.read_bytes())",
+     "files overwritten in place"),
+    # --- data ---------------------------------------------------------------------------------
+    ("data/augment.py", "scale=(crop_min, 1.0)", "scale=(0.08, 1.0)", "crop_min does not arrive"),
+    ("data/augment.py", "v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)",
+     "v2.ColorJitter(0.4, 0.4, 0.2, 0.1)", "colours always jittered"),
+    ("data/augment.py", "crop_min, blur=0.1, solarise=0.2)", "crop_min, blur=1.0, solarise=0.0)",
+     "both views from the first side"),
+    ("data/augment.py", "mix_seed(AUGMENTATION, self.seed, epoch, index)",
+     "mix_seed(AUGMENTATION, self.seed, index)", "the same views in every epoch"),
+    ("data/augment.py", "mix_seed(AUGMENTATION, self.seed, epoch, index)",
+     "mix_seed(AUGMENTATION, self.seed, epoch)", "the same augmentation for every image"),
+    ("data/augment.py", "        np.random.seed(seed)\n", "", "numpy not seeded for each image"),
+    ("data/augment.py", "        random.seed(seed)\n", "", "random not seeded for each image"),
+    ("data/augment.py", "mix_seed(ORDER, self.seed, self.epoch)", "mix_seed(ORDER, self.seed)",
+     "the same order in every epoch"),
+    ("data/augment.py", "start = batch * self.batch_size + self.rank * self.per_rank",
+     "start = batch * self.batch_size", "every rank has the same images"),
+    ("data/augment.py", "return self.length // self.batch_size", "return -(-self.length // self.batch_size)",
+     "incomplete last batch kept"),
+    ("data/augment.py", "v2.Resize(round(image_size * 8 / 7), interpolation)",
+     "v2.Resize(image_size, interpolation)", "centre crop of the whole short side"),
+    ("data/augment.py", "v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)",
+     "v2.ToDtype(torch.float32, scale=True)", "no normalisation"),
+    ("data/datasets.py", "splits = [n for n in numbers if n % 5], [n for n in numbers if n % 5 == 0]",
+     "splits = [n for n in numbers if n % 5], [n for n in numbers if n % 5 != 1]",
+     "training images among the test images of flowers17"),
+    ("data/datasets.py", '(in_train[i] == "1") == (split == "train")',
+     '(in_train[i] == "0") == (split == "train")', "the splits of CUB exchanged"),
+    ("data/datasets.py", 'for split in ("trainval", "test")', 'for split in ("train", "test")',
+     "Aircraft trained on train alone"),
+    ("data/datasets.py", "        parts[0].extend(own[count:])", "        parts[0].extend(own)",
+     "held-out images trained on"),
+    ("data/datasets.py", "image = ImageOps.exif_transpose(image)", "image = image.copy()",
+     "images not turned upright"),
+    ("data/datasets.py", "if self.size + size <= self.limit():", "if True:", "cache without a limit"),
+    ("data/birds.py", 'rng = random.Random(f"{seed}/{split}/{index}")',
+     'rng = random.Random(f"{seed}/{index}")', "test birds drawn as the training birds"),
+    # --- lodisc.py ----------------------------------------------------------------------------
+    ("lodisc.py", "return (q * q.shape[-1] ** -0.5 @ k", "return (q @ k", "attention not scaled"),
+    ("lodisc.py", "weights = attention_weights(q[:, :, :1], k).squeeze(2)",
+     "weights = attention_weights(q[:, :, 1:2], k).squeeze(2)", "row of the first patch"),
+    ("lodisc.py", "x = (x[:, :1] if class_only else x) + attended",
+     "x = attended + 0 * x[:, :1] if class_only else x + attended", "no residual in the last layer"),
+    ("lodisc.py", "return self.fc2(F.gelu(self.fc1(x)))", 'return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))',
+     "approximate GELU"),
+    ("lodisc.py", "patches = torch.cat([rows, columns], dim=1)", "patches = torch.cat([columns, rows], dim=1)",
+     "positions of rows and columns exchanged"),
+    ("lodisc.py", "x = self.patch_embed(images) + self.pos_embed[:, 1:]",
+     "x = self.patch_embed(images) + self.pos_embed[:, :-1]", "positions one patch off"),
+    ("lodisc.py", "return self.norm(x), attentions", "return x, attentions", "no last LayerNorm"),
+    ("lodisc.py", "self.patch_embed.requires_grad_(train_projection)", "self.patch_embed.requires_grad_(True)",
+     "patch projection trained"),
+    ("lodisc.py", "return at_least_float32(row).mean(dim=1)[:, 1:]", "return at_least_float32(row).amax(dim=1)[:, 1:]",
+     "maximum over heads"),
+    ("lodisc.py", ".clamp_min(tiny).log() for a in attentions]).sum(0)",
+     ".clamp_min(tiny).log() for a in attentions[1:]]).sum(0)", "first layer left out of the product"),
+    ("lodisc.py", "return class_row(attentions[-1])", "return class_row(attentions[0])",
+     "first layer as the last"),
+    ("lodisc.py", "for a in reversed(attentions):", "for a in attentions:", "rollout in reverse"),
+    ("lodisc.py", "return max(1, math.floor(keep_ratio * num_patches + 1e-9))",
+     "return max(1, math.ceil(keep_ratio * num_patches))", "kept patches rounded up"),
+    ("lodisc.py", "order = importance.argsort(dim=1, descending=True, stable=True)",
+     "order = importance.argsort(dim=1, stable=True)", "the least important patches kept"),
+    ("lodisc.py", "return images.masked_fill(~pixels, 0)", "return images.masked_fill(pixels, 0)",
+     "the kept patches blackened"),
+    ("lodisc.py", "parameter.lerp_(new[name], 1 - m)", "parameter.lerp_(new[name], m)",
+     "EMA the wrong way round"),
+    ("lodisc.py", "affine=layer < layers)", "affine=True)", "affine last BatchNorm"),
+    ("lodisc.py", "return 1 - (1 - base) * (1 + math.cos(math.pi * step / total)) / 2",
+     "return base + (1 - base) * step / total", "EMA momentum rises linearly"),
+    ("lodisc.py", "keys = F.normalize(at_least_float32(keys.detach()), dim=1)",
+     "keys = at_least_float32(keys.detach())", "keys not normalised"),
+    ("lodisc.py", "return 2 * temperature * F.cross_entropy(logits, positives)",
+     "return F.cross_entropy(logits, positives)", "loss not times 2 T"),
+    ("lodisc.py", "return torch.cat(everyone), dist.get_rank() * len(keys)",
+     "return torch.cat(everyone), 0", "positives of rank 0 for every rank"),
+    ("lodisc.py", "global_loss = self.contrast(query1, key2) + self.contrast(query2, key1)",
+     "global_loss = self.contrast(query1, key1) + self.contrast(query2, key2)",
+     "global loss of the same view"),
+    ("lodisc.py", "local_loss = self.contrast(query1, local2) + self.contrast(query2, local1)",
+     "local_loss = self.contrast(query1, local1) + self.contrast(query2, local2)",
+     "local loss of the same view"),
+    ("lodisc.py", "return self.predictor(self.projector(self.encoder(view)[0]))",
+     "return self.projector(self.encoder(view)[0])", "no predictor"),
+    ("lodisc.py", "        momentum_update(self.projector, self.momentum_projector, m)\n", "",
+     "momentum projector never moves"),
+    ("lodisc.py", "        self.momentum_projector.train()\n", "", "momentum BatchNorm in eval mode"),
+    ("lodisc.py", 'grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)',
+     'grid = F.interpolate(grid, (side, side), mode="bicubic")', "positions resized without antialiasing"),
+    ("lodisc.py", 'state[layer + "bias"] = scale * state[layer + "bias"]', "pass",
+     "layer scale left out of the biases"),
+]]
+EXPLAINED = {}  # description of a defect: why no test can notice it
+
+
+def changed(defect, root=ROOT):
+    """Return the file's text with the defect; raise ValueError unless the old text occurs once."""
+    text = (root / defect.file).read_text(encoding="utf-8")
+    count = text.count(defect.old)
+    if count != 1:
+        raise ValueError(f"{defect.file}: {defect.old!r} occurs {count} times, not once")
+    text = text.replace(defect.old, defect.new)
+    compile(text, defect.file, "exec")
+    return text
+
+
+def order_of_tests(file, folder):
+    """Return the paths of the tests, those most likely to notice a change of the file first."""
+    names = [path.name for path in sorted((folder / "tests").glob("test_*.py"))
+             if path.name not in LEFT_OUT]
+    first = [f"test_{word}.py" for word in FIRST.get(file, "").split()]
+    return [f"tests/{name}" for name in [*first, *(name for name in names if name not in first)]]
+
+
+def plant(defect, tests=None):
+    """Run the fast tests on a copy with the defect -> the test that failed, or "" if none did."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(
+            ".git", "runs", "datasets", "__pycache__", ".hypothesis", ".venv"))
+        (copy / defect.file).write_text(changed(defect), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no",
+                   *(tests or order_of_tests(defect.file, copy))]
+        environment = {**os.environ, "CI": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=copy, env=environment, text=True, capture_output=True)
+    if done.returncode == 0:
+        return ""
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    if done.returncode != 1 or not failed:
+        raise RuntimeError(f"{defect.breaks}: pytest ended with {done.returncode}\n{done.stdout}")
+    return failed[0].removeprefix("FAILED ").split(" - ")[0]
+
+
+def key_of(defect):
+    return hashlib.sha256(repr(defect).encode()).hexdigest()[:16]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="a word of the text or the description")
+    parser.add_argument("--jobs", type=int, default=1, help="so many at a time")
+    args = parser.parse_args(argv)
+    for defect in DEFECTS:  # before an hour is spent
+        changed(defect)
+    chosen = [defect for defect in DEFECTS if args.only in " ".join(defect)]
+    known = json.loads(STORE.read_text(encoding="utf-8")) if STORE.exists() else {}
+    lock = Lock()
+
+    def run(defect):
+        test = known.get(key_of(defect)) or plant(defect)
+        print(f"{'killed' if test else 'survived':<9} {defect.file:<18} {defect.breaks:<50} {test}",
+              flush=True)
+        if test:
+            with lock:
+                known[key_of(defect)] = test
+                STORE.parent.mkdir(exist_ok=True)
+                STORE.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        return test
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        tests = list(pool.map(run, chosen))
+    print(f"{sum(map(bool, tests))} of {len(tests)} killed")
+    for defect, test in zip(chosen, tests):
+        if not test:
+            print(f"survived: {defect.breaks}: {EXPLAINED.get(defect.breaks, 'unexplained')}")
+
+
+if __name__ == "__main__":
+    main()
