@@ -30,8 +30,8 @@ from torchvision.transforms import v2
 
 from data.augment import Plain, plain_crop, to_tensor
 from data.birds import BIRD, PART, cropped_maps, part_labels
-from data.datasets import (data_name, default_workers, iterate, load_data, open_image,
-                           shuffled_by_class)
+from data.datasets import (data_name, default_workers, fitting_workers, load_data,
+                           naming_dead_workers, open_image, shuffled_by_class)
 from data.draw import example_indices, mask_sheet, sheet
 from lodisc import (IMPORTANCES, METHODS, LoDisc, UserError, VisionTransformer, load_encoder,
                     location_mask, read_weights, require)
@@ -43,7 +43,7 @@ METRICS = {"linear top-1": ("linear", "top1"), "top-5": ("linear", "top5"),  # i
            "rank-5": ("retrieval", "rank5"), "mAP": ("retrieval", "mAP")}
 MAIN_METRICS = {name: place for name, place in METRICS.items() if not name.endswith("-5")}
 SHOTS, DRAWS = 10, 10  # of few-shot part segmentation: labelled images, and draws of them
-BATCH = 64  # images; several of 98 px fit into the 64 MB of shared memory that Docker gives
+BATCH = 64  # images
 
 
 class RawPixels(torch.nn.Module):
@@ -61,25 +61,32 @@ class RawPixels(torch.nn.Module):
         return F.pad(patches, (0, 0, 1, 0)), []  # zeros for the class token
 
 
+def plain_loader(dataset, image_size, mean, std, workers):
+    """Return batches of (centre crops, classes), by as many processes as shared memory has room."""
+    workers = fitting_workers(workers, BATCH * 3 * image_size**2 * 4)
+    return DataLoader(Plain(dataset, image_size, mean, std), BATCH, num_workers=workers)
+
+
 @torch.no_grad()
 def extract(encoders, dataset, crop, device="cpu", workers=0, kind="class"):
     """{name: encoder} -> {name: (features (n, D), labels (n,))} on the CPU, reading images once.
 
     dataset: (image, class) pairs; crop: (image_size, mean, std), the encoders' input; kind:
     "class", the class token; "mean", the mean of the patch tokens; "patches", these, (n, N, D)."""
-    loader = DataLoader(Plain(dataset, *crop), BATCH, num_workers=workers)
+    loader = plain_loader(dataset, *crop, workers)
     encoders = {name: encoder.to(device).eval() for name, encoder in encoders.items()}
     features, labels = {name: [] for name in encoders}, []
-    for images, label in iterate(loader):
-        images = images.to(device)
-        labels.append(label)
-        for name, encoder in encoders.items():
-            if kind == "class" or kind == "mean" and isinstance(encoder, RawPixels):
-                found = encoder(images)[0]  # (batch, D)
-            else:
-                found = encoder.tokens(images)[0][:, 1:]  # (batch, N, D)
-                found = found.mean(dim=1) if kind == "mean" else found
-            features[name].append(found.float().cpu())
+    with naming_dead_workers():
+        for images, label in loader:
+            images = images.to(device)
+            labels.append(label)
+            for name, encoder in encoders.items():
+                if kind == "class" or kind == "mean" and isinstance(encoder, RawPixels):
+                    found = encoder(images)[0]  # (batch, D)
+                else:
+                    found = encoder.tokens(images)[0][:, 1:]  # (batch, N, D)
+                    found = found.mean(dim=1) if kind == "mean" else found
+                features[name].append(found.float().cpu())
     return {name: (torch.cat(rows), torch.cat(labels)) for name, rows in features.items()}
 
 
@@ -94,10 +101,10 @@ def fit_logistic(features, labels, strength, start, tolerance=1e-7):
     """Multinomial logistic regression: mean cross-entropy + strength / 2 * |W|^2, by L-BFGS.
 
     features (n, D), labels (n,), start and result (D + 1, classes), the last row the bias. The
-    penalty makes the objective strongly convex in W, so |gradient|^2 / (2 strength) bounds its
-    distance from the minimum. The fit ends when this bound is `tolerance` of the objective (or
-    1e-8), or when 20 iterations lower it by less than twice that; float64 takes over where float32
-    would only follow its rounding errors."""
+    penalty makes the objective strongly convex in W: |gradient|^2 / (2 strength) bounds its
+    distance from the minimum, but for the bias. The fit ends when this estimate is `tolerance` of
+    the objective (or 1e-8), or when 20 iterations lower it by less than twice that; float64 takes
+    over where float32 would only follow its rounding errors."""
     weights = start.detach()
     for dtype, least_progress in ((torch.float32, 1e-3), (torch.float64, 2 * tolerance)):
         inputs, weights = features.to(dtype), weights.to(dtype, copy=True).requires_grad_()
@@ -117,12 +124,13 @@ def fit_logistic(features, labels, strength, start, tolerance=1e-7):
             gap = weights.grad.double().square().sum().item() / (2 * strength)
             if gap <= max(tolerance * loss, 1e-8):
                 return weights.detach().to(features.dtype)
-            if before - loss <= least_progress * loss:
+            stalled = before - loss <= least_progress * loss
+            if stalled:
                 break
-        else:
-            warnings.warn(f"the linear probe of strength {strength:g} has not converged: its "
-                          f"objective {loss:.4g} may be up to {gap:.1g} above the minimum")
         weights = weights.detach()
+    if not stalled:
+        warnings.warn(f"the linear probe of strength {strength:g} has not converged: its objective "
+                      f"{loss:.4g} is about {gap:.1g} above the minimum")
     return weights.to(features.dtype)
 
 
@@ -266,16 +274,22 @@ def write_text(path, text):
 
 def save_picture(picture, path):
     """Write a PIL image in the format that path's ending names."""
-    kinds = Image.registered_extensions()
-    require(path.suffix.lower() in kinds, f"{path}: expected the ending of a picture, such as .png",
+    kind = picture_format(path)
+    write_whole(path, lambda file: picture.save(file, kind))
+
+
+def picture_format(path):
+    """Return Pillow's name of the format; raise UserError if it cannot be written."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    require(kind in Image.SAVE, f"{path}: expected the ending of a picture, such as .png",
             UserError)
-    write_whole(path, lambda file: picture.save(file, kinds[path.suffix.lower()]))
+    return kind
 
 
 @contextmanager
 def locked(folder):
-    """Hold the folder's lock, if its file system has one, so that two processes do not merge into
-    the same file at once."""
+    """Hold the folder's lock, so that two processes do not merge into the same file at once. There
+    is none on Windows, nor on file systems without locks."""
     handle = None
     try:
         import fcntl  # not on Windows
@@ -292,12 +306,16 @@ def locked(folder):
 
 def read_results(path):
     """Return the results in a JSON file, {} if there is none; raise UserError if it is damaged."""
+    if not path.exists():
+        return {}
     try:
-        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        results = json.loads(path.read_text(encoding="utf-8"))
         require(isinstance(results, dict), f"expected {{...}}, got a {type(results).__name__}")
-    except (OSError, ValueError) as error:  # UnicodeDecodeError too
+        return results
+    except ValueError as error:  # UnicodeDecodeError too
         raise UserError(f"{path} is damaged ({error}); move it away, then evaluate again") from None
-    return results
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def save_rows(folder, rows, *below):
@@ -392,9 +410,10 @@ def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers
     pixels that they cover, relative to that of all patches. 1 is chance level, NAME_most the most
     for as few patches, NAME_fixed the best of one mask for all. dataset: with regions(index)."""
     size, patch = encoder.image_size, encoder.patch_size
-    loader = DataLoader(Plain(dataset, size, encoder.mean, encoder.std), BATCH, num_workers=workers)
-    kept = torch.cat([location_mask(importance_of(encoder, batch, importance), keep_ratio)
-                      for batch, _ in iterate(loader)])  # (n, N)
+    loader = plain_loader(dataset, size, encoder.mean, encoder.std, workers)
+    with naming_dead_workers():
+        kept = torch.cat([location_mask(importance_of(encoder, batch, importance), keep_ratio)
+                          for batch, _ in loader])  # (n, N)
     regions = cropped_maps(dataset.regions, range(len(dataset)), size)  # (n, H, W)
     metrics, k = {}, int(kept[0].sum())
     for name, least in (("object", BIRD), ("parts", PART)):
@@ -568,9 +587,11 @@ def main(argv=None):
     device = pick_device(args.device)
     encoder = load_encoder(args.checkpoint, args.momentum, args.image_size)
     config = encoder.config if "method" in encoder.config else {}
-    if config and args.method:
+    if args.method:
+        require(config, "--method is for a run", UserError)
+        require(args.method.split(":")[-1] == config["method"].split(":")[-1], f"--method "
+                f"{args.method}: the run's is {config['method']}", UserError)
         config["method"] = args.method
-    require(config or not args.method, "--method is for a run", UserError)
     require(not (config and args.image_size), "--image-size is for published weights", UserError)
     if not (encoder.config or args.image_size):
         size = recipe_image_size(encoder.patch_size, device)
@@ -586,6 +607,7 @@ def main(argv=None):
         require(out.parent.is_dir() and (own or not out.exists()),
                 f"--out {out}: expected a new file in a folder that exists", UserError)
         if draw:
+            picture_format(out)  # before it is drawn
             save_picture(draw(args, encoder, config, device), out)
         else:
             export(encoder, out)

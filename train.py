@@ -20,6 +20,7 @@ import shlex
 import shutil
 import sys
 import time
+from contextlib import redirect_stderr
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,7 +33,8 @@ from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms import v2
 
 import data.augment as augment
-from data.datasets import NAMES, data_name, default_workers, iterate, load_data
+from data.datasets import (NAMES, data_name, default_workers, fitting_workers, load_data,
+                           naming_dead_workers)
 from data.draw import example_indices, run_sheet
 from eval import (MAIN_METRICS, build_model, compared_encoders, evaluate, exit_with_line,
                   pick_device, recipe_image_size, save_picture, save_rows, table, write_text,
@@ -161,13 +163,14 @@ def fill_defaults(config, device, num_images, processes=1):
             require(config[name] in (None, found), f"--{name.replace('_', '-')} {config[name]} "
                     f"disagrees with --init {config['init']}, which has {found}", UserError)
             recipe[name] = found
-        recipe["image_size"] = (encoder.image_size if getattr(encoder, "config", None) else
-                                recipe_image_size(encoder.patch_size, device))
+        recipe["image_size"] = recipe_image_size(encoder.patch_size, device)
+        if getattr(encoder, "config", None):  # of a run or its export: its own size
+            recipe["image_size"] = encoder.image_size
         config.update(sizes, mean=list(encoder.mean), std=list(encoder.std))
     images, least = recipe.pop("images", (0, 1))
     recipe.setdefault("epochs", max(least, min(200, round(images / num_images))))
-    most = min(recipe["batch_size"], num_images) // processes * processes
-    batch_size = config["batch_size"] or most
+    per_process = max(1, min(recipe["batch_size"], num_images) // processes)
+    batch_size = config["batch_size"] or per_process * processes
     recipe["lr"] *= min(1, recipe["batch_size"] / batch_size)  # no peak above the recipe's
     recipe["batch_size"] = batch_size
     sixth = round((config["epochs"] or recipe["epochs"]) / 6, 2)  # of a short run no more
@@ -220,24 +223,34 @@ def new_folder(out, config):
                                                      for n in itertools.count(1))
     for folder in candidates:
         try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError as error:
-            reason = error.strerror  # a numbered folder of another run: the next number
+            folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            reason = error.strerror
-            break
-    raise UserError(f"--out {folder}: {reason}; give another, or --resume it")
+            raise UserError(f"--out {folder}: {error.strerror}; give another") from None
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue  # another run's: the next number
+        except OSError as error:
+            raise UserError(f"--out {folder}: {error.strerror}; give another") from None
+    raise UserError(f"--out {folder}: File exists; give another, or --resume it")
 
 
 def save_checkpoint(folder, **contents):
-    """Replace the checkpoint atomically, so that a complete one always exists; then metrics.csv and
-    config.json, which are for people."""
-    write_whole(folder / "checkpoint.pt", lambda file: torch.save(contents, file))
+    """Write metrics.csv and config.json, which are for people, then replace the checkpoint
+    atomically, so that a complete one always exists."""
     history, text = contents["history"], io.StringIO(newline="")
     csv.writer(text).writerows(history[:1] + [row.values() for row in history])
     write_text(folder / "metrics.csv", text.getvalue())
     write_text(folder / "config.json", json.dumps(contents["config"], indent=2) + "\n")
+    write_whole(folder / "checkpoint.pt", lambda file: torch.save(contents, file))
+
+
+def remove_parts(folder):
+    """Remove what a run that was killed while writing has left beside its files."""
+    for name in ("checkpoint.pt", "metrics.csv", "config.json", "run.png"):
+        for part in folder.glob(f".{name}.*"):
+            part.unlink()
 
 
 def read_run(folder, given):
@@ -365,11 +378,10 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
     # batches have the same images for any number of processes; each rank takes its part
     batches = augment.Batches(len(data.train), config["batch_size"], seed, rank, processes)
     generator = torch.Generator()  # of the random and block masks, seeded at each step
-    loader = DataLoader(views, batch_sampler=batches, num_workers=config["workers"],
+    workers = fitting_workers(config["workers"], batches.per_rank * 2 * 3 * crop[0]**2 * 4)
+    loader = DataLoader(views, batch_sampler=batches, num_workers=workers,
                         generator=torch.Generator(),  # so that it does not draw from torch's
-                        pin_memory=device.type == "cuda", persistent_workers=config["workers"] > 0,
-                        # one batch in advance for each: more would not fit into Docker's /dev/shm
-                        prefetch_factor=1 if config["workers"] else None)
+                        pin_memory=device.type == "cuda", persistent_workers=workers > 0)
     epochs, steps = config["epochs"], len(batches)
     total, warmup = epochs * steps, round(steps * config["warmup_epochs"])
     step, history, film = 0, [], []
@@ -393,24 +405,31 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
 
     if rank == 0:
         try:
+            remove_parts(folder)
             save()
-        except UserError as error:
-            require(step == total, str(error), UserError)
-            print(f"not stored: {error}")  # a finished run can be evaluated where it is read-only
+        except (UserError, OSError):
+            if step < total:  # a finished run can be evaluated where it is read-only
+                raise
     model.train()
     for epoch in range(step // steps, epochs):
         batches.epoch, log = epoch, Log(epoch, epochs, steps, config["batch_size"])
-        for view1, view2 in iterate(loader):
-            m = momentum_schedule(step, total, config["momentum"])
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, warmup, total, group["peak"])
-            generator.manual_seed(augment.mix_seed(augment.MASKS, seed, step, rank))
-            views = [view.to(device, non_blocking=True) for view in (view1, view2)]
-            output, skipped = train_step(model, parallel, optimizer, scaler, precision, views,
-                                         generator, step / total, m)
-            step += 1
-            log.add(output, skipped, optimizer.param_groups[0]["lr"], m)
-        history.append(log.end_epoch(model))
+        with naming_dead_workers():
+            for view1, view2 in loader:
+                m = momentum_schedule(step, total, config["momentum"])
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, warmup, total, group["peak"])
+                generator.manual_seed(augment.mix_seed(augment.MASKS, seed, step, rank))
+                views = [view.to(device, non_blocking=True) for view in (view1, view2)]
+                output, skipped = train_step(model, parallel, optimizer, scaler, precision, views,
+                                             generator, step / total, m)
+                step += 1
+                log.add(output, skipped, optimizer.param_groups[0]["lr"], m)
+        try:
+            history.append(log.end_epoch(model))
+        except UserError:
+            if rank > 0:  # all ranks have the same losses and weights: rank 0 says it
+                raise SystemExit(2) from None
+            raise
         if rank == 0:
             film += shown_masks(model, examples, epoch + 1)
             save()
@@ -443,21 +462,21 @@ def draw_run(config, levels, history, film, rows, dataset, folder):
         print(f"not stored: {error}")
 
 
-def mute_other_ranks():
-    """Let rank 0 alone print, and say what is wrong with a command line that all have."""
-    if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-
-
-def start_processes(device):
+def start_processes():
     """Join torchrun's process group, if any -> (rank, number of processes)."""
     if not dist.is_torchelastic_launched():
         return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    sys.stderr = sys.__stderr__
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size()
+
+
+def parse_args_once(argv):
+    """parse_args, whose complaints only rank 0 prints."""
+    first = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+    with redirect_stderr(sys.stderr if first else io.StringIO()):
+        return parse_args(argv)
 
 
 def rank_0_first(work, rank, processes):
@@ -466,80 +485,111 @@ def rank_0_first(work, rank, processes):
     if processes == 1:
         return work()
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    failed, error, result = torch.zeros(1), None, None
+    failed, mistake, result = torch.zeros(1), None, None
     if rank == 0:
         try:
             result = work()
-        except UserError as mistake:
-            error = mistake
-            failed += 1
+        except UserError as error:
+            failed, mistake = torch.ones(1), error
     dist.broadcast(failed, 0, group=group)
     dist.destroy_process_group(group)
+    if mistake:
+        raise mistake
     if failed:
-        raise error or SystemExit(2)
+        raise SystemExit(2)
     return result if rank == 0 else work()
 
 
-def main(argv=None):
-    mute_other_ranks()
-    given, defaults = parse_args(argv)
-    config = {**defaults, **given}
-    resume, out, download = (config.pop(name) for name in ("resume", "out", "download"))
-    folder, made, checkpoint, rank = None, None, None, 0  # made: the folder, if this call made it
-    try:
-        if resume != "none":
-            folder = Path(resume)
+class Run:
+    """One call of this script: what its arguments mean, and the folder that it makes."""
+
+    def __init__(self, argv):
+        self.given, defaults = parse_args_once(argv)
+        self.config = {**defaults, **self.given}
+        self.resume, self.out, self.download = (
+            self.config.pop(name) for name in ("resume", "out", "download"))
+        self.rank, self.processes = 0, 1
+        self.checkpoint = self.folder = None
+        self.made = False  # whether this call has made the folder
+
+    def prepare(self):
+        """Read the checkpoint, or fill in the defaults; load the data and build the model."""
+        if self.resume != "none":
+            folder = Path(self.resume)
             folder = folder.parent if folder.name == "checkpoint.pt" else folder
             require(folder.suffix != ".pt", f"--resume {folder}: expected a run's folder",
                     UserError)
-            checkpoint = read_run(folder, given)
-            config = checkpoint["config"]
-        device = pick_device(config["device"])
-        rank, processes = start_processes(device)
+            self.folder, self.checkpoint = folder, read_run(folder, self.given)
+            self.config = self.checkpoint["config"]
+        config = self.config
+        self.device = pick_device(config["device"])
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.data = load_data(config["data"], config["data_root"], self.download,
+                              config["held_out"])
+        num_images = len(self.data.train)
+        if not self.checkpoint:
+            fill_defaults(config, self.device, num_images, self.processes)
+        require(config["num_images"] == num_images > 1, f"--data {config['data']}: expected "
+                f"{max(2, config['num_images'])} training images, got {num_images}", UserError)
+        check_settings(config, self.processes)
+        self.model = build_model(config, fresh=not self.checkpoint)
+        if self.rank == 0 and not self.checkpoint:
+            self.folder, self.made = new_folder(self.out, config), True
 
-        def prepare():
-            nonlocal folder, made
-            data = load_data(config["data"], config["data_root"], download, config["held_out"])
-            if not checkpoint:
-                fill_defaults(config, device, len(data.train), processes)
-            require(config["num_images"] == len(data.train) > 1, f"--data {config['data']}: "
-                    f"expected {max(2, config['num_images'])} training images, got "
-                    f"{len(data.train)}", UserError)
-            check_settings(config, processes)
-            model = build_model(config, fresh=not checkpoint)
-            if rank == 0 and not checkpoint:
-                folder = made = new_folder(out, config)
-            return data, model
-
-        data, model = rank_0_first(prepare, rank, processes)
+    def announce(self):
+        """Print what is about to be trained, and return the losses' chance levels."""
         print("{method} on {num_images} images of {data}, {arch} at {image_size} px,".format(
-            **config), f"on {device} x {processes}, into {folder}"
-            + f"\nwill not be evaluated: {data.note}" * (data.test is None))
-        levels = getattr(model, "chance_levels", lambda batch: {})(config["batch_size"])
+            **self.config), f"on {self.device} x {self.processes}, into {self.folder}")
+        if self.data.test is None:
+            print(f"will not be evaluated: {self.data.note}")
+        levels = getattr(self.model, "chance_levels", lambda batch: {})(self.config["batch_size"])
         print("chance level: " + ", ".join(f"{name} {level:.3f}" for name, level in levels.items()))
-        history, film = train(model, config, data, folder, device, checkpoint, rank, processes)
-        if processes > 1:
+        return levels
+
+    def clean_up(self):
+        """Remove the folder, if this call has made it and no epoch is stored there."""
+        if self.made and not has_epoch(self.folder):
+            shutil.rmtree(self.folder)
+
+    def interrupted(self):
+        """Return the error of a Ctrl-C; without a checkpoint nothing is left."""
+        if self.folder is None or not (self.folder / "checkpoint.pt").exists():
+            if self.made:
+                shutil.rmtree(self.folder)
+            return UserError("interrupted before the first checkpoint: nothing is stored")
+        return UserError("interrupted; continue with: python train.py --resume "
+                         + shlex.quote(str(self.folder)))
+
+
+def main(argv=None):
+    run = Run(argv)
+    try:
+        run.rank, run.processes = start_processes()
+        rank_0_first(run.prepare, run.rank, run.processes)
+        levels = run.announce()
+        history, film = train(run.model, run.config, run.data, run.folder, run.device,
+                              run.checkpoint, run.rank, run.processes)
+        if run.processes > 1:
             dist.destroy_process_group()
-        if rank == 0:
-            rows = evaluate_run(config, data, folder, device) if data.test else {}
-            draw_run(config, levels, history, film, rows, data.train, folder)
+        if run.rank == 0:
+            rows = {}
+            if run.data.test:
+                rows = evaluate_run(run.config, run.data, run.folder, run.device)
+            draw_run(run.config, levels, history, film, rows, run.data.train, run.folder)
     except KeyboardInterrupt:
-        if rank > 0:
+        if run.rank > 0:
             raise SystemExit(2) from None
-        if folder is None or not (folder / "checkpoint.pt").exists():
-            if made:
-                shutil.rmtree(made)
-            raise UserError("interrupted before the first checkpoint: nothing is stored") from None
-        raise UserError("interrupted; continue with: python train.py --resume "
-                        + shlex.quote(str(folder))) from None
+        raise run.interrupted() from None
     except UserError:
-        if made and not has_epoch(made):
-            shutil.rmtree(made)  # no epoch to resume from
+        run.clean_up()
         raise
     except RuntimeError as error:
-        if not re.search("by peer|Connection reset|Broken pipe", str(error)):
+        lost = re.search("by peer|Connection reset|Broken pipe", str(error))
+        if run.processes == 1 or not lost:
             raise
-        raise UserError(f"rank {rank} ends, as it lost another process") from None
+        run.clean_up()
+        raise UserError(f"rank {run.rank} ends, as it lost another process") from None
 
 
 def has_epoch(folder):

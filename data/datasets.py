@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +66,7 @@ class Cache:
         image = self.images.get(path)
         if image is None:
             image = open_image(path)
-            size = 3 * image.width * image.height
+            size = 4 * image.width * image.height  # Pillow pads RGB to four bytes
             if self.size + size <= self.limit():
                 self.images[path] = image
                 self.size += size
@@ -109,14 +111,27 @@ def default_workers():
     return min(8, max(1, available_cpus() // ranks))
 
 
-def iterate(loader):
-    """Yield a DataLoader's batches. If a loading process dies, which in a container is mostly for
-    lack of shared memory, raise UserError with the remedies."""
+def fitting_workers(workers, batch_bytes, folder="/dev/shm"):
+    """Return how many loading processes, `workers` at most, have room for their batches in shared
+    memory, with two batches in advance for each: Docker gives 64 MB."""
+    if not workers or not Path(folder).is_dir():
+        return workers
+    batches = shutil.disk_usage(folder).free // batch_bytes
+    fitting = max(0, min(workers, (batches - 1) // 2))
+    if fitting < workers:
+        print(f"{fitting} loading processes in place of {workers}, as {folder} has room for only "
+              f"{batches} batches (in Docker: --shm-size=1g)")
+    return fitting
+
+
+@contextmanager
+def naming_dead_workers():
+    """Turn the death of a loading process, whenever torch reports it, into a UserError."""
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
-        if not re.search(r"DataLoader worker \(pid|shared memory", str(error)):
-            raise  # a mistake in the data set's code
+        if not re.search(r"DataLoader worker \(pid|shared memory\(shm\)", str(error)):
+            raise
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"a loading process died ({reason}); if /dev/shm is too small, as Docker's "
                         "64 MB are, give --workers 0 or start the container with --shm-size=1g"

@@ -170,7 +170,7 @@ def grade(kit, module, exercise=""):
 
 @pytest.fixture(scope="module")
 def graded(kit, tmp_path_factory):
-    """Grade the blank kit, the real bodies and a syntax error, at once -> {name: (status, text)}."""
+    """Grade the blank kit, the real bodies and a syntax error -> {name: (status, text)}."""
     folders = {name: shutil.copytree(kit, tmp_path_factory.mktemp("students") / name)
                for name in ("blank", "solved", "broken")}
     solution = (kit / "lodisc.py").read_text(encoding="utf-8")

@@ -219,8 +219,8 @@ def test_data_name_keeps_names_and_makes_folders_absolute(tmp_path, monkeypatch)
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """A cache of 100 kB, and ten images of 30 kB once decoded, a few hundred bytes as files."""
-    monkeypatch.setattr(datasets, "CACHE", 100_000)
+    """A cache of 130 kB, and ten images of 40 kB once decoded, a few hundred bytes as files."""
+    monkeypatch.setattr(datasets, "CACHE", 130_000)
     paths = [tmp_path / f"{i}.png" for i in range(10)]
     for i, path in enumerate(paths):
         Image.new("RGB", (100, 100), (i, 0, 0)).save(path)
@@ -247,7 +247,7 @@ def test_cache_counts_decoded_bytes_of_all_processes(cache, monkeypatch, workers
     monkeypatch.setattr(datasets, "get_worker_info", lambda: worker)
     assert opened(cache, paths, monkeypatch) == 10
     assert opened(cache, paths, monkeypatch) == 10 - kept
-    assert len(cache.images) == kept and cache.size == 30_000 * kept
+    assert len(cache.images) == kept and cache.size == 40_000 * kept
 
 
 def test_images_of_a_folder_are_decoded_once(flowers, monkeypatch):

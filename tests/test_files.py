@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from PIL import Image
 import eval as evaluation
 import train
 from conftest import same, weights
-from data.birds import Birds
+from data import datasets
 from lodisc import UserError, VisionTransformer, load_encoder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -112,7 +114,7 @@ def test_results_are_printed_where_they_cannot_be_stored(flowers, monkeypatch, c
     assert printed.count("\nnot stored: run/eval.json could not be written (Permission den") == 1
     train.main(["--resume", "run"])
     printed = capsys.readouterr().out
-    assert "untrained" in printed and printed.count("not stored: ") == 3
+    assert "untrained" in printed and printed.count("not stored: ") == 2
     assert "not stored: run/run.png" in printed
     with pytest.raises(UserError, match="run/encoder.pth could not be written"):
         evaluation.main(["export", "run"])
@@ -129,7 +131,7 @@ def test_disk_that_is_full_in_the_middle_of_a_run_is_an_error(flowers, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="checkpoint.pt could not be written"):
+    with pytest.raises(UserError, match="metrics.csv could not be written"):
         train.main(["--resume", "run"])
 
 
@@ -153,8 +155,9 @@ def test_picture_has_the_format_of_its_ending(tmp_path):
     for name, kind in (("a.png", "PNG"), ("b.JPG", "JPEG"), ("c.webp", "WEBP")):
         evaluation.save_picture(picture, tmp_path / name)
         assert Image.open(tmp_path / name).format == kind
-    with pytest.raises(UserError, match="d.txt: expected the ending of a picture"):
-        evaluation.save_picture(picture, tmp_path / "d.txt")
+    for name in ("d.txt", "e.psd"):  # Pillow only reads the latter
+        with pytest.raises(UserError, match=f"{name}: expected the ending of a picture"):
+            evaluation.save_picture(picture, tmp_path / name)
     assert names(tmp_path) == ["a.png", "b.JPG", "c.webp"]
 
 
@@ -256,37 +259,42 @@ class Mistaken(Dies):
         raise RuntimeError("my own mistake")
 
 
-def test_death_of_a_loading_process_names_the_remedies():
+@pytest.mark.parametrize("busy", [False, True])
+def test_death_of_a_loading_process_names_the_remedies(busy):
+    """torch reports it where the main process is: waiting for a batch, or at work on another."""
     loader = torch.utils.data.DataLoader(Dies(), num_workers=1)
     with pytest.raises(UserError, match="DataLoader worker.*--workers 0.*--shm-size") as error:
-        list(train.iterate(loader))
+        with train.naming_dead_workers():
+            batches = iter(loader)
+            for _ in range(50 if busy else 0):
+                time.sleep(0.1)
+            next(batches)
     assert "\n" not in str(error.value)
     with pytest.raises(RuntimeError, match="my own mistake"):  # keeps its traceback
-        list(train.iterate(torch.utils.data.DataLoader(Mistaken(), num_workers=1)))
+        with train.naming_dead_workers():
+            list(torch.utils.data.DataLoader(Mistaken(), num_workers=1))
 
 
-def test_batches_fit_into_the_shared_memory_of_a_container(monkeypatch, quick_probe):
-    """Of a container's 64 MB, two loading processes need less for the recipe's 98 px."""
-    image = 3 * 98 * 98 * 4  # bytes
-    batches, real = [], train.DataLoader
+@pytest.mark.parametrize("workers, megabytes, fitting", [
+    (8, 1000, 8), (8, 64, 1), (2, 64, 1), (2, 80, 2), (1, 64, 1), (8, 20, 0), (0, 20, 0)])
+def test_loading_processes_have_room_in_shared_memory(monkeypatch, capsys, tmp_path, workers,
+                                                      megabytes, fitting):
+    """A batch of the recipe's two views of 98 px has 15 MB; each process has two in advance."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(
+        free=megabytes * 1_000_000))
+    found = datasets.fitting_workers(workers, 64 * 2 * 3 * 98 * 98 * 4, tmp_path)
+    assert found == fitting
+    assert ("--shm-size" in capsys.readouterr().out) == (fitting < workers)
+    assert datasets.fitting_workers(workers, 10**9, tmp_path / "missing") == workers  # no Linux
 
-    def record(dataset, *args, **options):
-        loader = real(dataset, *args, **options)
-        batches.append(loader)
-        return loader
 
-    monkeypatch.setattr(train, "DataLoader", record)
-    monkeypatch.setattr(evaluation, "DataLoader", record)
-    data = train.load_data("synthetic")
-    monkeypatch.setattr(train, "load_data", lambda *_: type(data)(Birds("train", 24),
-                                                                  Birds("test", 20)))
-    train.main([*SMALL, "--workers", "2", "--out", "run"])
-    views = train.RECIPES["init"]["batch_size"] * 2 * image
-    training, *others = batches
-    assert (2 * training.prefetch_factor + 1) * views < 64e6
-    assert len(others) == 2
-    for loader in others:
-        assert (2 * loader.prefetch_factor + 1) * loader.batch_size * image < 64e6
+def test_both_loaders_ask_for_their_batches_room(flowers, monkeypatch, quick_probe):
+    asked = []
+    for script in (train, evaluation):
+        monkeypatch.setattr(script, "fitting_workers", lambda *sizes: asked.append(sizes) or 0)
+    train.main(["--data", str(flowers), *SMALL, "--workers", "2", "--out", "run"])
+    image = 3 * 16 * 16 * 4  # bytes
+    assert asked == [(2, 12 * 2 * image), *[(2, evaluation.BATCH * image)] * 2]
 
 
 @pytest.mark.parametrize("path", sorted(
@@ -313,25 +321,51 @@ def test_module_names_utf_8_and_imports_on_windows(path):
 
 
 def test_resumed_run_equals_an_undisturbed_one_in_every_file(flowers, monkeypatch):
-    """Stop after the second epoch's checkpoint, before metrics.csv: the next start mends it."""
+    """Stop while the second epoch's checkpoint is written: the next start mends what is left."""
     options = ["--data", str(flowers / "train"), *SMALL, "--epochs", "3"]
     train.main([*options, "--out", "whole"])
-    real, saved = train.write_text, []
+    real, saved = torch.save, []
 
-    def stop(path, text):
-        saved.append(path.name)
-        if saved.count("metrics.csv") == 3:
+    def stop(contents, file):
+        saved.append(1)
+        if len(saved) == 3:
             raise MemoryError
-        real(path, text)
+        real(contents, file)
 
-    monkeypatch.setattr(train, "write_text", stop)
+    monkeypatch.setattr(torch, "save", stop)
     with pytest.raises(MemoryError):
         train.main([*options, "--out", "part"])
-    monkeypatch.undo()
-    os.chdir(flowers.parent)
-    assert len(Path("part/metrics.csv").read_text(encoding="utf-8").splitlines()) == 2
+    monkeypatch.setattr(torch, "save", real)
+    assert len(Path("part/metrics.csv").read_text(encoding="utf-8").splitlines()) == 3
+    Path("part/.checkpoint.pt.0123abcd").write_bytes(b"of a SIGKILL")
+    Path("part/.metrics.csv.0123abcd").write_bytes(b"of a SIGKILL")
     train.main(["--resume", "part"])
-    assert same(weights("part"), weights("whole"))
+    assert same(weights("part"), weights("whole")) and names("part") == names("whole")
     first, second = ([row.split(",")[:5] for row in Path(folder, "metrics.csv").read_text(
         encoding="utf-8").splitlines()] for folder in ("part", "whole"))
     assert first == second and len(first) == 4
+
+
+def test_stored_epoch_is_never_removed(flowers, monkeypatch):
+    """The disk is full from some write on: a checkpoint with an epoch stays, all else goes."""
+    options, real = ["--data", str(flowers / "train"), *SMALL, "--epochs", "2"], os.replace
+    for allowed in range(8):
+        written = []
+
+        def replace(part, path):
+            if len(written) == allowed:
+                raise OSError(28, "No space left on device")
+            written.append(real(part, path))
+
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(UserError, match="could not be written"):
+            train.main([*options, "--out", f"run {allowed}"])
+        path = Path(f"run {allowed}/checkpoint.pt")
+        stored = path.exists() and torch.load(path, weights_only=True)["step"] > 0
+        assert stored == (allowed >= 6) and path.parent.exists() == (allowed >= 4)
+
+
+def test_folder_that_cannot_be_made_is_an_error():
+    Path("runs").symlink_to("not mounted")
+    with pytest.raises(UserError, match="--out .*birds-lodisc-1: "):
+        train.new_folder(train.NEW_RUN, {"data": "birds", "method": "lodisc"})

@@ -211,13 +211,16 @@ def test_masks_of_a_run_whose_method_file_has_moved(own, monkeypatch):
         seen.append(real(*args, **options)), seen[-1])[1])
     evaluation.main(["masks", "run", image, "--method", "elsewhere/moved.py:Third"])
     assert type(seen[0]).__name__ == "Third" and seen[0].weight == 0.5
-    Path("narrow.py").write_text("from lodisc import LoDisc\n\n\nclass Narrow(LoDisc):\n"
+    Path("narrow.py").write_text("from lodisc import LoDisc\n\n\nclass Third(LoDisc):\n"
                                  "    def __init__(self, encoder, weight, **options):\n"
                                  "        options['output_dim'] = 8\n"
                                  "        super().__init__(encoder, **options)\n")
     with pytest.raises(UserError, match="does not fit --method: .*size mismatch") as error:
-        evaluation.main(["masks", "run", image, "--method", "narrow.py:Narrow"])
+        evaluation.main(["masks", "run", image, "--method", "narrow.py:Third"])
     assert "\n" not in str(error.value)
+    for method in ("elsewhere/moved.py:Other", "global"):
+        with pytest.raises(UserError, match=f"--method {method}: the run's is .*own.py:Third"):
+            evaluation.main(["masks", "run", image, "--method", method])
     evaluation.main(["export", "run", "--out", "weights.pth"])
     with pytest.raises(UserError, match="--method is for a run"):
         evaluation.main(["masks", "weights.pth", image, "--method", "elsewhere/moved.py:Third"])

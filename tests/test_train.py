@@ -332,6 +332,15 @@ def test_init_of_a_run_keeps_its_image_size(flowers, export, capsys):
     assert load_encoder("smaller").image_size == 16  # as requested
 
 
+@pytest.mark.parametrize("options", [[], ["--compile"]])
+def test_both_encoders_are_compiled_on_request(flowers, monkeypatch, options):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", *options, "--out", "a"])
+    kinds = [type(module).__name__ for module in compiled]
+    assert kinds == (2 * ["VisionTransformer"] if options else [])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("local_input", ["pixels", "tokens"])
 def test_compiled_passes_match_eager(local_input):
@@ -351,6 +360,17 @@ def test_compiled_passes_match_eager(local_input):
         error = (plain.float() - compiled.float()).abs().max()
         assert error < 1e-5 * plain.float().abs().max().clamp_min(1)  # LayerNorm is steep near 0
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_download_and_data_root_arrive(flowers, monkeypatch):
+    seen, real = [], train.load_data
+    monkeypatch.setattr(train, "load_data", lambda *args: seen.append(args) or real(
+        str(flowers / "train")))
+    for options in ([], ["--download", "--data-root", "there", "--held-out"]):
+        train.main(["--data", "cub", *SMALL, "--epochs", "1", *options])
+    there = str(Path("there").resolve())
+    assert seen == [("cub", str(Path("datasets").resolve()), False, False),
+                    ("cub", there, True, True)]
 
 
 def test_largest_seed_trains(flowers):

@@ -430,13 +430,14 @@ def test_config_has_the_sizes_of_a_bare_file():
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_init_momentum_starts_from_the_momentum_encoder():
+def test_init_momentum_starts_from_the_momentum_encoder(capsys):
     base, other = (new_encoder(16, 8, 64, 1, 1) for _ in range(2))
     torch.save(dino_file(base, other), "dino.pth")
     for momentum, expected in (([], base), (["--init-momentum"], other)):
         given, config = train.parse_args(["--init", "dino.pth", "--image-size", "16", *momentum])
         config |= given
         train.fill_defaults(config, torch.device("cpu"), 36)
+        assert ("momentum encoder" in capsys.readouterr().out) == bool(momentum)
         assert same(train.build_model(config).encoder.state_dict(), expected.state_dict())
 
 
