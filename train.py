@@ -500,6 +500,12 @@ def rank_0_first(work, rank, processes):
     return result if rank == 0 else work()
 
 
+def has_epoch(folder):
+    """Whether a run's metrics.csv has a row, so that an epoch has been stored."""
+    metrics = folder / "metrics.csv"
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
 class Run:
     """One call of this script: what its arguments mean, and the folder that it makes."""
 
@@ -590,12 +596,6 @@ def main(argv=None):
             raise
         run.clean_up()
         raise UserError(f"rank {run.rank} ends, as it lost another process") from None
-
-
-def has_epoch(folder):
-    """Whether a run's metrics.csv has a row, so that an epoch has been stored."""
-    metrics = folder / "metrics.csv"
-    return metrics.exists() and metrics.stat().st_size > 0
 
 
 if __name__ == "__main__":

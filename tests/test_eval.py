@@ -331,6 +331,33 @@ def test_features_are_class_token_or_mean_patch_token():
     assert torch.equal(found["class"]["p"][0], found["mean"]["p"][0])
 
 
+@pytest.mark.parametrize("kind", ["class", "mean"])
+def test_every_metric_has_the_requested_features(monkeypatch, kind):
+    """Of both splits, compared with `extract`'s."""
+    encoder, crop = create_vit("vit_nano", 32, 8), (32, (0.5,) * 3, (0.5,) * 3)
+    data, seen = Data(Birds("train", 20), Birds("test", 40)), {}
+    for name in ("linear_probe", "knn", "retrieval"):
+        monkeypatch.setattr(evaluation, name, lambda *sets, name=name: seen.update(
+            {name: [part[0] for part in sets if isinstance(part, tuple)]}) or {})
+    evaluation.evaluate({"e": encoder}, data, crop, kind=kind)
+    train, test = [evaluation.extract({"e": encoder}, part, crop, kind=kind)["e"][0]
+                   for part in data[:2]]
+    for name, expected in (("linear_probe", [train, test]), ("knn", [train, test]),
+                           ("retrieval", [test])):
+        assert [len(part) for part in seen[name]] == [len(part) for part in expected]
+        assert all(map(torch.equal, seen[name], expected))
+
+
+def test_probe_standardises_by_the_training_set(monkeypatch):
+    (features, labels), (test, classes) = clusters(80), clusters(60, spread=9.0, seed=1)
+    seen, real = [], evaluation.fit_logistic
+    monkeypatch.setattr(evaluation, "fit_logistic", lambda features, *rest: (
+        seen.append(features), real(features, *rest))[1])
+    evaluation.linear_probe((3 * features + 5, labels), (7 * test - 2, classes))
+    assert seen[-1].mean(0).abs().max() < 1e-5
+    assert torch.allclose(seen[-1].std(0, correction=0), torch.ones(8), atol=1e-5)
+
+
 def test_retrieval_needs_a_class_of_two():
     with pytest.raises(UserError, match="two test images"):
         evaluation.retrieval((torch.randn(3, 4), torch.arange(3)))

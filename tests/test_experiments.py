@@ -246,7 +246,7 @@ def test_invalid_arguments_raise_before_training(flowers, monkeypatch):
 
 def test_table_of_seeds(monkeypatch, capsys):
     """Run two rows with two seeds; finished runs are not trained again, killed ones resume."""
-    data = Data(Birds("train", 60), Birds("test", 40))
+    data = Data(Birds("train", 40), Birds("test", 40))
     for script in (train, experiments.evaluation):
         monkeypatch.setattr(script, "load_data", lambda *args, **options: data)
     monkeypatch.setattr(experiments.evaluation, "STRENGTHS", (1.0,))

@@ -419,6 +419,28 @@ def test_run_resumes_without_its_init_file(flowers, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("elsewhere")
+def test_killed_run_with_init_resumes_bit_exactly(flowers, monkeypatch):
+    file = new_encoder(24, 8, 96, 4, 3)
+    torch.save({"state_dict": file.state_dict(), "config": sizes(file)}, "nano.pth")
+    options = ["--data", str(flowers / "train"), *SMALL, "--epochs", "2", "--init", "nano.pth",
+               "--encoder-lr", "0.01"]
+    train.main([*options, "--out", "whole"])
+    done, real = [], LoDisc.update_momentum
+
+    def step_then_die(self, m):
+        real(self, m)
+        done.append(m)
+        if len(done) == 4:
+            raise KeyError
+
+    monkeypatch.setattr(LoDisc, "update_momentum", step_then_die)
+    with pytest.raises(KeyError):
+        train.main([*options, "--out", "part"])
+    train.main(["--resume", "part"])
+    assert same(weights("part"), weights("whole"))
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_config_has_the_sizes_of_a_bare_file():
     torch.save(backbone(new_encoder(24, 8, 128, 1, 2)), "bare.pth")
     given, config = train.parse_args(["--init", "bare.pth"])
