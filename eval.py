@@ -265,7 +265,8 @@ def write_whole(path, write):
         raise UserError(f"{path} could not be written ({reason}): is the disk full, or the folder "
                         "not yours to write to?") from None
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():  # unlink(missing_ok=True) raises on a read-only file system
+            part.unlink()
 
 
 def write_text(path, text):
