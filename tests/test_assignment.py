@@ -212,6 +212,7 @@ def test_kit_contains_no_solution(kit):
         assert ast.unparse(whole[name]) == ast.unparse(blank[name])
 
 
+@pytest.mark.slow
 def test_blank_kit_has_no_points_and_names_first_exercise(graded):
     status, text = graded["blank"]
     assert status == 1 and "total         0 of 100" in text
@@ -220,11 +221,13 @@ def test_blank_kit_has_no_points_and_names_first_exercise(graded):
     assert "exercise attention: attention_weights" in text
 
 
+@pytest.mark.slow
 def test_original_bodies_get_full_points(graded):
     status, text = graded["solved"]
     assert status == 0 and "total       100 of 100" in text, text
 
 
+@pytest.mark.slow
 def test_kit_with_syntax_error_has_no_points(graded):
     _, text = graded["broken"]
     assert "INTERNALERROR" not in text and "total         0 of 100" in text

@@ -36,7 +36,7 @@ def test_logistic_regression_reaches_the_minimum():
 
 
 @pytest.mark.parametrize("classes, dim, spread", [(4, 8, 2.0), (5, 150, 1.0), (3, 40, 0.1)])
-@pytest.mark.parametrize("strength", evaluation.STRENGTHS)
+@pytest.mark.parametrize("strength", [1, 1e-3, 1e-6])
 def test_fit_converges_at_every_strength(classes, dim, spread, strength):
     """Compare with Newton's method in float64; classes overlap, or can be separated."""
     features, labels = clusters(120, classes, dim, spread)

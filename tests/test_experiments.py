@@ -244,6 +244,7 @@ def test_invalid_arguments_raise_before_training(flowers, monkeypatch):
     assert not experiments.RUNS.exists()
 
 
+@pytest.mark.slow
 def test_table_of_seeds(monkeypatch, capsys):
     """Run two rows with two seeds; finished runs are not trained again, killed ones resume."""
     data = Data(Birds("train", 40), Birds("test", 40))

@@ -69,6 +69,7 @@ def test_every_file_of_a_run_is_written_whole(flowers, monkeypatch, quick_probe)
     assert {path for path in opened if "run/" in path} <= {part for part, _ in replaced}
 
 
+@pytest.mark.slow
 def test_two_processes_lose_no_result():
     """Merge from two processes at once, 40 results each."""
     code = ("import sys; sys.path.insert(0, sys.argv[1])\n"

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ def wait_for_rank_0(rank, folder):
     return found
 
 
-def run_rank(rank, folder):
+def run_rank(rank, folder, data, port):
     options = {"rank": rank, "world_size": 2}
     dist.init_process_group("gloo", init_method=f"file://{folder}/first", **options,
                             timeout=timedelta(seconds=1))
@@ -84,11 +85,21 @@ def run_rank(rank, folder):
                            "gradients": [p.grad for p in model.parameters() if p.requires_grad]}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    os.environ.update(TORCHELASTIC_RUN_ID="as by torchrun", RANK=str(rank), LOCAL_RANK=str(rank),
+                      WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    train.main(["--data", data, *SMALL, "--workers", "0", "--mask", "random", "--lr", "0",
+                "--epochs", "2", "--out", f"{folder}/whole"])
 
 
-def test_two_ranks_match_loss_and_gradients_of_one(tmp_path):
-    """Check all methods; and that rank 0 may take its time before the others begin."""
-    spawn(run_rank, (str(tmp_path),), nprocs=2)
+def test_two_ranks_match_loss_and_gradients_of_one(tmp_path, flowers):
+    """Check the loss and gradients of all methods, that rank 0 may take its time before the others
+    begin, and the losses that a run of both writes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    spawn(run_rank, (str(tmp_path), str(flowers / "train"), port), nprocs=2)
+    assert files(tmp_path / "whole") == ["checkpoint.pt", "config.json", "metrics.csv", "run.png"]
+    check_losses(tmp_path / "whole", train.load_data(str(flowers)).train)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert [rank.pop("waited") for rank in ranks] == [[0, "UserError of rank 0"],
                                                       [1, "SystemExit 2"]]
@@ -115,6 +126,7 @@ def files(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
+@pytest.mark.slow
 def test_torchrun_writes_once_and_matches_evaluation_of_one_process(flowers, capsys):
     options = ["--data", flowers, *SMALL, "--workers", "1", "--mask", "random"]
     done = subprocess.run([*TORCHRUN, *options, "--lr", "0", "--epochs", "2", "--out", "whole"],
@@ -226,9 +238,9 @@ def test_default_batch_size_is_a_multiple_of_the_ranks(processes, images, batch_
     assert config["batch_size"] == batch_size
 
 
-@pytest.mark.parametrize("mistake", [["--batch-size", "5"], *(
-    pytest.param(mistake, marks=pytest.mark.slow) for mistake in (
-        ["--epochs", "many"], ["--resume", "missing"], ["--out", "flowers"]))])
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", [["--batch-size", "5"], ["--epochs", "many"],
+                                     ["--resume", "missing"], ["--out", "flowers"]])
 def test_mistake_is_printed_by_one_rank(flowers, mistake):
     options = ["--data", flowers, *SMALL]
     if mistake[0] == "--resume":

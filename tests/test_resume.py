@@ -101,7 +101,7 @@ def test_signal_loses_the_current_epoch_only(flowers, number):
     assert same(weights("stopped"), weights("whole")) and rows("stopped") == rows("whole")
 
 
-@pytest.mark.parametrize("kill_at", [3, 5])
+@pytest.mark.parametrize("kill_at", [pytest.param(3, marks=pytest.mark.slow), 5])
 def test_run_killed_within_an_epoch_resumes_from_its_start(flowers, monkeypatch, kill_at):
     options = options_of(flowers, 3)
     train.main([*options, "whole"])

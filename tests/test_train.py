@@ -105,8 +105,7 @@ def test_weights_follow_the_schedules(flowers):
     assert train.learning_rate(50, 10, 50, 1.0) == pytest.approx(0)
 
 
-@pytest.mark.parametrize("batch_size", [12, 6])
-@pytest.mark.parametrize("own", [[], ["--encoder-lr", "2e-5"]])
+@pytest.mark.parametrize("batch_size, own", [(12, []), (6, ["--encoder-lr", "2e-5"])])
 def test_optimiser_groups_follow_their_schedules(flowers, monkeypatch, batch_size, own):
     """Check warm-up and cosine; --lr is per 256 images, --encoder-lr for any batch size."""
     seen, step = [], torch.optim.AdamW.step
@@ -314,7 +313,7 @@ def test_short_runs_are_not_all_warm_up():
     assert chosen("--epochs", "1", "--warmup-epochs", "1")["warmup_epochs"] == 1  # as requested
 
 
-@pytest.mark.parametrize("export", [False, True])
+@pytest.mark.parametrize("export", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_init_of_a_run_keeps_its_image_size(flowers, export, capsys):
     options = ["--data", str(flowers / "train"), *SMALL[:2], "--patch-size", "8", *SMALL[6:]]
     train.main([*options, "--image-size", "24", "--out", "run"])

@@ -232,8 +232,7 @@ def dinov2_features(state, images, heads=6, patch=14):
     return norm(x, "norm")[:, 0]
 
 
-@pytest.mark.parametrize("image_size", [518, 98])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype, image_size", [(torch.float32, 98), (torch.float16, 518)])
 @torch.no_grad()
 def test_dinov2_features_equal_explicit_layer_scale(tmp_path, dtype, image_size):
     state = dinov2_file(dtype)
