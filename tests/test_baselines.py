@@ -336,7 +336,7 @@ def test_passes_and_chance_levels(cls, loss, monkeypatch):
 
 @CLASSES
 @pytest.mark.usefixtures("elsewhere")
-def test_trains_logs_draws_and_evaluates(cls, flowers, capsys):
+def test_trains_logs_draws_and_evaluates(cls, flowers, capsys, quick_probe):
     options = ["--data", str(flowers), *SMALL, "--workers", "0", "--epochs", "2", "--method",
                f"{FILE}:{cls.__name__}", "--amp", "bf16"]
     own = {CVSA: ["contrast_loss", "alignment_loss"], PARTICLE: ["part_loss", "shared_parts"]}[cls]

@@ -87,6 +87,7 @@ def test_unreadable_images_raise_one_line_with_path(kind, flowers, elsewhere):
     assert not list(Path("runs").iterdir())  # so that the same command works after mending
 
 
+@pytest.mark.slow
 def test_unreadable_image_in_a_worker_ends_the_run_with_one_line(flowers):
     bad = flowers / "train" / "class 1" / "bad one.jpg"
     broken(bad, "truncated")
@@ -154,7 +155,7 @@ FOLDERS = {  # change of the folder: (exit status, message)
 
 
 @pytest.mark.parametrize("spoil", FOLDERS)
-def test_unusual_folders_train_or_raise_one_line(spoil, flowers, elsewhere, capsys):
+def test_unusual_folders_train_or_raise_one_line(spoil, flowers, elsewhere, capsys, quick_probe):
     spoil(flowers)
     status, says = FOLDERS[spoil]
     options = ["--data", str(flowers), *SMALL, "--out", "run"]

@@ -41,7 +41,7 @@ WORDS = {"epoch", "step", *LoDiscOutput._fields, "loss", "lr", "images_per_secon
          "config", *inspect.signature(LoDisc).parameters, "momentum_encoder",
          *inspect.signature(LoDisc.forward).parameters, "datasets",
          *ARCHITECTURES, *METHODS, *MASKS, *IMPORTANCES, *LOCAL_INPUTS, *NAMES, *train.WEIGHTS,
-         *train.parse_args([])[1], *experiments.TABLES, "class", "mean"}
+         *train.parse_args([])[1], *experiments.TABLES, "class", "mean", "masks", "parts", "export"}
 LEFT_BY_A_RUN = {"config.json", "metrics.csv", "checkpoint.pt", "eval.json", "per_image.json",
                  "run.png", "masks.png", "parts.png", "encoder.pth"}
 FENCED = re.compile(r"^ *(```|~~~)(.*)\n((?:.*\n)*?) *\1", re.M)

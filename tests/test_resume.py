@@ -174,6 +174,7 @@ def test_metrics_csv_is_truncated_to_the_checkpoint(flowers):
     assert rows("run") == table
 
 
+@pytest.mark.slow
 def test_full_disk_raises_one_line_and_leaves_no_partial_file(flowers):
     resource = pytest.importorskip("resource", reason="Windows has no limits")
 
