@@ -14,6 +14,7 @@ import train  # before eval, as it sets OMP_WAIT_POLICY
 import eval as evaluation
 from data.birds import Birds
 from data.datasets import Data
+from lodisc import LoDisc
 
 settings.register_profile("here", deadline=None, max_examples=60)
 settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
@@ -47,6 +48,24 @@ def few_birds(monkeypatch):
     data = Data(Birds("train", 200), Birds("test", 60))
     for script in (train, evaluation):
         monkeypatch.setattr(script, "load_data", lambda *args, **options: data)
+
+
+class Killed(Exception):
+    """Raised by a test in place of a SIGKILL."""
+
+
+def kill_after(monkeypatch, steps):
+    """Let the training of LoDisc die after so many EMA steps of one run."""
+    done, real = [], LoDisc.update_momentum
+
+    def step_then_die(self, m):
+        real(self, m)
+        done.append(m)
+        if len(done) == steps:
+            raise Killed
+
+    monkeypatch.setattr(LoDisc, "update_momentum", step_then_die)
+    return done
 
 
 def weights(folder):

@@ -12,7 +12,7 @@ import torch
 
 import eval as evaluation
 import train
-from conftest import same, weights
+from conftest import Killed, kill_after, same, weights
 from lodisc import LoDisc, UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -94,16 +94,8 @@ def test_method_receives_options_and_progress(own, monkeypatch):
 
 def test_method_resumes_bit_exactly_from_moved_file(own, monkeypatch):
     train.main([*own, "--out", "whole"])
-    done, real = [], LoDisc.update_momentum
-
-    def step_then_die(self, m):
-        real(self, m)
-        done.append(m)
-        if len(done) == 4:
-            raise KeyError
-
-    monkeypatch.setattr(LoDisc, "update_momentum", step_then_die)
-    with pytest.raises(KeyError):
+    kill_after(monkeypatch, 4)
+    with pytest.raises(Killed):
         train.main([*own, "--out", "part"])
     Path("elsewhere").mkdir()
     Path("own.py").rename("elsewhere/moved.py")

@@ -16,17 +16,13 @@ import torch
 
 import eval as evaluation
 import train
-from conftest import same, weights
+from conftest import Killed, kill_after, same, weights
 from lodisc import LoDisc, UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(__file__).parent.parent
 SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--warmup-epochs", "1",
          "--batch-size", "12", "--device", "cpu"]
-
-
-class Killed(Exception):
-    """Raised by a test in place of a SIGKILL."""
 
 
 def rows(folder):
@@ -105,15 +101,7 @@ def test_signal_loses_the_current_epoch_only(flowers, number):
 def test_run_killed_within_an_epoch_resumes_from_its_start(flowers, monkeypatch, kill_at):
     options = options_of(flowers, 3)
     train.main([*options, "whole"])
-    done, real = [], LoDisc.update_momentum
-
-    def step_then_die(self, m):
-        real(self, m)
-        done.append(m)
-        if len(done) == kill_at:
-            raise Killed
-
-    monkeypatch.setattr(LoDisc, "update_momentum", step_then_die)
+    done = kill_after(monkeypatch, kill_at)
     with pytest.raises(Killed):
         train.main([*options, "part"])
     checkpoint = torch.load("part/checkpoint.pt", weights_only=True)

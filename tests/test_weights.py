@@ -15,7 +15,7 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 
 import eval as evaluation
 import train
-from conftest import same, weights
+from conftest import Killed, kill_after, same, weights
 from data.datasets import load_data
 from lodisc import (IMAGENET_MEAN, IMAGENET_STD, LoDisc, UserError, VisionTransformer, load_encoder,
                     resize_positions)
@@ -424,16 +424,8 @@ def test_killed_run_with_init_resumes_bit_exactly(flowers, monkeypatch):
     options = ["--data", str(flowers / "train"), *SMALL, "--epochs", "2", "--init", "nano.pth",
                "--encoder-lr", "0.01"]
     train.main([*options, "--out", "whole"])
-    done, real = [], LoDisc.update_momentum
-
-    def step_then_die(self, m):
-        real(self, m)
-        done.append(m)
-        if len(done) == 4:
-            raise KeyError
-
-    monkeypatch.setattr(LoDisc, "update_momentum", step_then_die)
-    with pytest.raises(KeyError):
+    kill_after(monkeypatch, 4)
+    with pytest.raises(Killed):
         train.main([*options, "--out", "part"])
     train.main(["--resume", "part"])
     assert same(weights("part"), weights("whole"))
