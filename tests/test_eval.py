@@ -202,15 +202,16 @@ def test_knn_matches_loop():
 
 @pytest.mark.parametrize("block", [512, 13])
 def test_retrieval_matches_loop(block):
-    features, labels = clusters(60, classes=5, spread=2.0)
+    features, labels = clusters(60, classes=12, spread=6.0)  # ranks of all sizes
     labels[17] = 77  # alone in its class
-    rank1, rank5, precisions = [], [], []
+    rank1, rank5, precisions, found_ranks = [], [], [], []
     for i in range(60):
         others = sorted((j for j in range(60) if j != i), reverse=True,
                         key=lambda j: F.cosine_similarity(features[i], features[j], dim=0).item())
         hits = [labels[j] == labels[i] for j in others]
         if not any(hits):
             continue
+        found_ranks.append(hits)
         rank1.append(hits[0])
         rank5.append(any(hits[:5]))
         found = [sum(hits[: r + 1]) / (r + 1) for r in range(59) if hits[r]]
@@ -221,6 +222,7 @@ def test_retrieval_matches_loop(block):
     assert result["rank5"] == pytest.approx(mean(rank5))
     assert result["mAP"] == pytest.approx(mean(precisions), abs=1e-6)
     assert (result["queries"], result["left_out"]) == (59, 1)
+    assert result["rank1"] < mean([any(row[:4]) for row in found_ranks]) < result["rank5"]
 
 
 def test_retrieval_breaks_ties_against_the_class():
