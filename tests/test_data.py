@@ -146,6 +146,12 @@ def test_augmentation_matches_byol():
         assert tuple(blurred.transforms[0].sigma) == (0.1, 2.0)
 
 
+def test_smallest_crop_reaches_both_views():
+    views = TwoViews(Birds("train", 1), 32, MEAN, STD, seed=0, crop_min=0.3)
+    for view in (views.view1, views.view2):
+        assert tuple(view.transforms[0].scale) == (0.3, 1.0)
+
+
 def test_blur_sigma_is_within_its_bounds():
     """Blur a white line on black: the profile's standard deviation is between the two bounds."""
     line = torch.zeros(41, 41, dtype=torch.uint8)
