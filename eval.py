@@ -1,9 +1,8 @@
-"""Evaluate an encoder: linear probe, k-NN, retrieval, parts, a picture of its pivotal patches.
+"""Evaluate an encoder: linear probe, k-NN, retrieval, a picture of its pivotal patches.
 
     python eval.py all runs/synthetic-lodisc-1
     python eval.py all WEIGHTS --data DIR        published weights, see README.md
     python eval.py masks runs/synthetic-lodisc-1 [my-image.jpg ...]
-    python eval.py parts runs/synthetic-lodisc-1 [--shots 10]
     python eval.py export runs/synthetic-lodisc-1
 
 A run's metrics go into its eval.json, and per test image into per_image.json. Features are of the
@@ -17,24 +16,24 @@ import sys
 import uuid
 import warnings
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from data.augment import Plain, plain_crop, to_tensor
-from data.birds import BIRD, PART, cropped_maps, part_labels
+from data.augment import Plain, Preprocessing, cropped_maps, plain_crop, to_tensor
+from data.birds import BIRD
 from data.datasets import (data_name, default_workers, fitting_workers, load_data,
-                           naming_dead_workers, open_image, shuffled_by_class)
-from data.draw import example_indices, mask_sheet, sheet
-from lodisc import (IMPORTANCES, METHODS, LoDisc, UserError, VisionTransformer, load_encoder,
-                    location_mask, read_weights, require)
+                           naming_dead_workers, open_image)
+from data.draw import example_indices, mask_sheet
+from lodisc import (METHODS, MoCoV3, UserError, VisionTransformer, load_encoder, location_mask,
+                    patch_importance, read_weights, require)
 
 VERSION = 2  # of the metrics; 1: the probe's grid ended at 1e-5, its split followed the run's seed
 STRENGTHS = tuple(10.0**power for power in range(0, -7, -1))  # of the probe's L2 term, strong first
@@ -42,38 +41,41 @@ METRICS = {"linear top-1": ("linear", "top1"), "top-5": ("linear", "top5"),  # i
            "k-NN top-1": ("knn", "top1"), "rank-1": ("retrieval", "rank1"),
            "rank-5": ("retrieval", "rank5"), "mAP": ("retrieval", "mAP")}
 MAIN_METRICS = {name: place for name, place in METRICS.items() if not name.endswith("-5")}
-SHOTS, DRAWS = 10, 10  # of few-shot part segmentation: labelled images, and draws of them
 BATCH = 64  # images
 
 
-class RawPixels(torch.nn.Module):
-    """Features without an encoder: pixels pooled to 16 x 16; a patch's token is its pixels."""
+# --- features ---------------------------------------------------------------------------------
 
-    def __init__(self, patch_size=1):
-        super().__init__()
-        self.patch_size = patch_size
+
+class RawPixels(torch.nn.Module):
+    """Features without an encoder: pixels pooled to 16 x 16."""
 
     def forward(self, images):
-        return F.adaptive_avg_pool2d(images, min(16, images.shape[-1])).flatten(1), []
-
-    def tokens(self, images):
-        patches = F.unfold(images, self.patch_size, stride=self.patch_size).mT  # (B, N, 3 p p)
-        return F.pad(patches, (0, 0, 1, 0)), []  # zeros for the class token
+        return F.adaptive_avg_pool2d(images, min(16, images.shape[-1])).flatten(1)
 
 
-def plain_loader(dataset, image_size, mean, std, workers):
+def plain_loader(dataset, preprocessing, workers):
     """Return batches of (centre crops, classes), by as many processes as shared memory has room."""
-    workers = fitting_workers(workers, BATCH * 3 * image_size**2 * 4)
-    return DataLoader(Plain(dataset, image_size, mean, std), BATCH, num_workers=workers)
+    workers = fitting_workers(workers, BATCH * 3 * preprocessing.crop**2 * 4)
+    return DataLoader(Plain(dataset, preprocessing), BATCH, num_workers=workers)
+
+
+def encode(encoder, images, kind):
+    """Return features (B, D): kind "class", the class token; "mean", the mean of the patch tokens;
+    or "patches", these, (B, N, D)."""
+    is_raw = isinstance(encoder, RawPixels)  # which has no class token to compare with
+    if kind == "class" or (kind == "mean" and is_raw):
+        return encoder(images)
+    _, patches = encoder.tokens(images)
+    return patches.mean(dim=1) if kind == "mean" else patches
 
 
 @torch.no_grad()
-def extract(encoders, dataset, crop, device="cpu", workers=0, kind="class"):
+def extract(encoders, dataset, preprocessing, device="cpu", workers=0, kind="class"):
     """{name: encoder} -> {name: (features (n, D), labels (n,))} on the CPU, reading images once.
 
-    dataset: (image, class) pairs; crop: (image_size, mean, std), the encoders' input; kind:
-    "class", the class token; "mean", the mean of the patch tokens; "patches", these, (n, N, D)."""
-    loader = plain_loader(dataset, *crop, workers)
+    dataset: (image, class) pairs; preprocessing: the encoders' input; kind: as in `encode`."""
+    loader = plain_loader(dataset, preprocessing, workers)
     encoders = {name: encoder.to(device).eval() for name, encoder in encoders.items()}
     features, labels = {name: [] for name in encoders}, []
     with naming_dead_workers():
@@ -81,13 +83,11 @@ def extract(encoders, dataset, crop, device="cpu", workers=0, kind="class"):
             images = images.to(device)
             labels.append(label)
             for name, encoder in encoders.items():
-                if kind == "class" or kind == "mean" and isinstance(encoder, RawPixels):
-                    found = encoder(images)[0]  # (batch, D)
-                else:
-                    found = encoder.tokens(images)[0][:, 1:]  # (batch, N, D)
-                    found = found.mean(dim=1) if kind == "mean" else found
-                features[name].append(found.float().cpu())
-    return {name: (torch.cat(rows), torch.cat(labels)) for name, rows in features.items()}
+                features[name].append(encode(encoder, images, kind).float().cpu())
+    return {name: (torch.cat(batches), torch.cat(labels)) for name, batches in features.items()}
+
+
+# --- metrics ----------------------------------------------------------------------------------
 
 
 def require_finite(features):
@@ -134,29 +134,35 @@ def fit_logistic(features, labels, strength, start, tolerance=1e-7):
     return weights.to(features.dtype)
 
 
+def split_by_class(labels):
+    """Return the images on which the probe's strength is chosen, bool (n,): every tenth image,
+    drawn by seed 0 and counted class by class, but for classes of one image."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = order.to(labels.device)
+    order = order[labels[order].argsort(stable=True)]  # class by class
+    held_out = torch.zeros_like(labels, dtype=torch.bool)
+    held_out[order[::10]] = True
+    return held_out & (labels.bincount()[labels] > 1)  # every class keeps an image to train on
+
+
 def linear_probe(train, test, device="cpu", held_out=None):
     """Return top-1 and top-5 accuracy of a linear classifier on frozen features.
 
     train, test: (features (n, D), labels (n,)). Features are standardised by the training set, the
-    L2 strength is chosen on held_out, bool (n,), then the classifier is fitted on all. held_out is
-    by default every tenth image of the training set, drawn by seed 0 and counted class by class,
-    but for classes of one image; if there are no others, the strongest is taken. By L-BFGS, not
-    SGD: values compare with no published probe's. Raises UserError for features that are not
-    finite."""
-    device = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
-    (features, labels), (test_features, test_labels) = [
-        (features.to(device), labels.to(device)) for features, labels in (train, test)]
+    L2 strength is chosen on held_out, bool (n,), by default `split_by_class`, then the classifier
+    is fitted on all; without held-out images the strongest is taken. By L-BFGS, not SGD: values
+    compare with no published probe's. Raises UserError for features that are not finite."""
+    if torch.device(device).type == "mps":  # MPS has no float64
+        device = "cpu"
+    features, labels = train[0].to(device), train[1].to(device)
+    test_features, test_labels = test[0].to(device), test[1].to(device)
     require_finite(features)
     require_finite(test_features)
     mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
     features, test_features = (features - mean) / std, (test_features - mean) / std
     classes = int(labels.max()) + 1
     if held_out is None:
-        shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        shuffled = shuffled.to(device)[labels[shuffled].argsort(stable=True)]  # class by class
-        held_out = torch.zeros_like(labels, dtype=torch.bool)
-        held_out[shuffled[::10]] = True
-        held_out &= labels.bincount()[labels] > 1  # every class keeps an image to train on
+        held_out = split_by_class(labels)
     losses, weights = {}, features.new_zeros(features.shape[1] + 1, classes)
     for strength in STRENGTHS if held_out.any() else STRENGTHS[:1]:
         weights = fit_logistic(features[~held_out], labels[~held_out], strength, weights, 1e-5)
@@ -178,10 +184,11 @@ def knn(train, test, k=20, temperature=0.07):
     require_finite(train[0])
     require_finite(test[0])
     bank, queries = F.normalize(train[0], dim=1), F.normalize(test[0], dim=1)
-    found = [(rows @ bank.T).topk(min(k, len(bank)), dim=1) for rows in queries.split(1024)]
-    similarity, nearest = map(torch.cat, zip(*found))  # (n, k)
-    votes = torch.zeros(len(queries), int(train[1].max()) + 1)
-    votes.scatter_add_(1, train[1][nearest], (similarity / temperature).exp())
+    votes = torch.zeros(len(queries), int(train[1].max()) + 1)  # (n, classes)
+    for rows in torch.arange(len(queries)).split(1024):
+        similarity, nearest = (queries[rows] @ bank.T).topk(min(k, len(bank)), dim=1)  # (rows, k)
+        weights = (similarity / temperature).exp()
+        votes[rows] = votes[rows].scatter_add(1, train[1][nearest], weights)
     hits = votes.argmax(1) == test[1]
     return {"top1": hits.double().mean().item(), "per_image": {"top1": hits.int().tolist()}}
 
@@ -194,61 +201,133 @@ def retrieval(test, block=512):
     left out and counted. Ties go against the query's class, so that constant features score 0."""
     require_finite(test[0])
     features, labels = F.normalize(test[0], dim=1), test[1]
-    n, others = len(labels), labels.bincount()[labels] - 1  # others of a query's class, (n,)
-    require(others.max() > 0, "retrieval needs a class with two test images", UserError)
-    count, found = torch.arange(1, others.max() + 1), []
-    for own in torch.arange(n).split(block):
-        similarity = features[own] @ features.T  # (block, n)
-        same = labels[own, None] == labels
-        wrong = np.sort(similarity.masked_fill(same, -torch.inf).numpy(), axis=1)
-        same[torch.arange(len(own)), own] = False  # every query's nearest neighbour is itself
-        right = similarity.masked_fill(~same, -torch.inf).topk(len(count)).values  # nearest first
-        nearer = n - torch.searchsorted(torch.from_numpy(wrong), right)  # of the wrong ones
-        rank = (nearer + count).masked_fill(count > others[own, None], n)  # (block, most others)
-        average = (count / rank * (count <= others[own, None])).sum(1) / others[own].clamp_min(1)
-        found.append(torch.stack([rank[:, 0] == 1, rank[:, 0] <= 5, average], dim=1))
-    found, counted = torch.cat(found), others > 0
-    rank1, rank5, mean_average = found[counted].double().mean(0).tolist()
-    per_image = {name: [value if own else None for value, own in zip(values.tolist(), counted)]
-                 for name, values in zip(("rank1", "rank5", "average_precision"), found.T)}
-    return {"rank1": rank1, "rank5": rank5, "mAP": mean_average, "queries": int(counted.sum()),
-            "left_out": n - int(counted.sum()), "per_image": per_image}
+    n, siblings = len(labels), labels.bincount()[labels] - 1  # siblings: others of its class, (n,)
+    require(siblings.max() > 0, "retrieval needs a class with two test images", UserError)
+    place = torch.arange(1, siblings.max() + 1)  # of a sibling among the siblings, nearest first
+    first_ranks, average_precisions = [], []
+    for queries in torch.arange(n).split(block):
+        similarity = features[queries] @ features.T  # (block, n)
+        same_class = labels[queries, None] == labels
+        wrong = np.sort(similarity.masked_fill(same_class, -torch.inf).numpy(), axis=1)
+        same_class[torch.arange(len(queries)), queries] = False  # a query is no result of its own
+        right = similarity.masked_fill(~same_class, -torch.inf).topk(len(place)).values
+        wrong_before = n - torch.searchsorted(torch.from_numpy(wrong), right)  # (block, places)
+        rank = wrong_before + place  # of the sibling among all images
+        precision = place / rank
+        exists = place <= siblings[queries, None]
+        average = (precision * exists).sum(1) / siblings[queries].clamp_min(1)
+        first_ranks.append(rank[:, 0])
+        average_precisions.append(average)
+    first_rank, average_precision = torch.cat(first_ranks), torch.cat(average_precisions)
+    counted = siblings > 0
+    values = {"rank1": (first_rank == 1).float(), "rank5": (first_rank <= 5).float(),
+              "average_precision": average_precision}
+    means = {name: value[counted].double().mean().item() for name, value in values.items()}
+    per_image = {}
+    for name, value in values.items():
+        per_image[name] = [x if has_siblings else None
+                           for x, has_siblings in zip(value.tolist(), counted.tolist())]
+    return {"rank1": means["rank1"], "rank5": means["rank5"], "mAP": means["average_precision"],
+            "queries": int(counted.sum()), "left_out": int((~counted).sum()),
+            "per_image": per_image}
 
 
-def evaluate(encoders, data, crop, what="all", device="cpu", workers=0, kind="class"):
+def evaluate(encoders, data, preprocessing, what="all", device="cpu", workers=0, kind="class"):
     """{name: encoder} -> {name: {"linear": {...}, "knn": {...}, "retrieval": {...}}}, or only the
-    one that `what` names; the other arguments as in `extract` and `linear_probe`."""
-    test = extract(encoders, data.test, crop, device, workers, kind)
-    train = what != "retrieval" and extract(encoders, data.train, crop, device, workers, kind)
-    metrics = {"linear": lambda name: linear_probe(train[name], test[name], device),
-               "knn": lambda name: knn(train[name], test[name]),
-               "retrieval": lambda name: retrieval(test[name])}
-    wanted = list(metrics) if what == "all" else [what]
-    if what == "all" and next(iter(test.values()))[1].bincount().max() < 2:
-        print(f"no {wanted.pop()}: no class has two test images")
-    rows = {name: {metric: metrics[metric](name) for metric in wanted} for name in encoders}
-    for name, row in rows.items():
-        strength = row.get("linear", {}).get("strength")
-        if strength in (STRENGTHS[0], STRENGTHS[-1]):
-            print(f"{name}: the probe's best strength, {strength:g}, is at the edge of its grid")
+    one that `what` names; the other arguments as in `extract`."""
+    test = extract(encoders, data.test, preprocessing, device, workers, kind)
+    if what != "retrieval":
+        train = extract(encoders, data.train, preprocessing, device, workers, kind)
+    _, labels = next(iter(test.values()))
+    has_pairs = labels.bincount().max() > 1
+    if what == "all" and not has_pairs:
+        print("no retrieval: no class has two test images")
+    rows = {}
+    for name in encoders:
+        row = rows[name] = {}
+        if what in ("all", "linear"):
+            row["linear"] = linear_probe(train[name], test[name], device)
+            strength = row["linear"]["strength"]
+            if strength in (STRENGTHS[0], STRENGTHS[-1]):
+                print(f"{name}: the probe's best strength, {strength:g}, is at the edge of its "
+                      "grid")
+        if what in ("all", "knn"):
+            row["knn"] = knn(train[name], test[name])
+        if what == "retrieval" or (what == "all" and has_pairs):
+            row["retrieval"] = retrieval(test[name])
     return rows
+
+
+@torch.no_grad()
+def importance_of(encoder, images, name):
+    """Importance (B, N) of normalised images (B, 3, H, W) on the CPU; name: in IMPORTANCES."""
+    _, importance = patch_importance(encoder, images.to(encoder.cls_token.device), name)
+    require_finite(importance)
+    return importance.cpu()
+
+
+def object_cover(masks, cover):
+    """Return how much of the object the kept patches show: the mean of cover over them, relative to
+    the mean over all patches, so that 1 is chance level.
+
+    masks bool (n, N); cover (n, N): the fraction of a patch's pixels that the object covers."""
+    return (cover[masks].mean() / cover.mean()).item()
+
+
+def border_fraction(masks):
+    """Return the fraction of the kept patches, bool (n, N), on the border of the square grid."""
+    grid = rearrange(masks, "n (side columns) -> n side columns", side=round(masks.shape[1]**0.5))
+    return 1 - (grid[:, 1:-1, 1:-1].sum() / grid.sum()).item()
+
+
+def patch_cover(dataset, size, patch_size, least=BIRD):
+    """Return the fraction of each patch's pixels whose region is `least` or above: (n, N)."""
+    regions = cropped_maps(dataset.regions, range(len(dataset)), size)  # (n, H, W)
+    return F.avg_pool2d((regions >= least).float(), patch_size).flatten(1)
+
+
+def kept_patches(encoder, dataset, importance="product", keep_ratio=0.3, workers=0):
+    """Return the location masks of a data set's centre crops: bool (n, N)."""
+    preprocessing = Preprocessing(encoder.image_size, encoder.mean, encoder.std)
+    masks = []
+    with naming_dead_workers():
+        for images, _ in plain_loader(dataset, preprocessing, workers):
+            masks.append(location_mask(importance_of(encoder, images, importance), keep_ratio))
+    return torch.cat(masks)
+
+
+# --- results ----------------------------------------------------------------------------------
 
 
 def table(rows, metrics=METRICS):
     """{row name: metrics}, as `evaluate` returns them, as aligned text."""
-    columns = {name: (part, key) for name, (part, key) in metrics.items()
-               if any(key in results.get(part, {}) for results in rows.values())}
+    columns = []
+    for name, (part, key) in metrics.items():
+        if any(key in results.get(part, {}) for results in rows.values()):
+            columns.append((name, part, key))
     width = max(len(name) for name in rows)
-    lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
-    lines += [f"{name:<{width}}" + "".join(f"{results[part][key]:>14.3f}" for part, key in
-                                           columns.values()) for name, results in rows.items()]
+    lines = [" " * width + "".join(f"{name:>14}" for name, _, _ in columns)]
+    for row, results in rows.items():
+        cells = [f"{results[part][key]:>14.3f}" for _, part, key in columns]
+        lines.append(f"{row:<{width}}" + "".join(cells))
     return "\n".join(lines)
 
 
-def merge(known, new, skip):
-    """Add the values of nested dicts, without the keys `skip`; other known values stay."""
-    return {**known, **{name: merge(known.get(name, {}), value, skip) if isinstance(value, dict)
-                        else value for name, value in new.items() if name != skip}}
+def merge(stored, new):
+    """Return nested dicts with new values in place of stored ones; other stored values stay."""
+    merged = dict(stored)
+    for name, value in new.items():
+        merged[name] = merge(stored.get(name, {}), value) if isinstance(value, dict) else value
+    return merged
+
+
+def without_per_image(results):
+    """Return nested dicts without their values per image."""
+    kept = {}
+    for name, value in results.items():
+        if name != "per_image":
+            kept[name] = without_per_image(value) if isinstance(value, dict) else value
+    return kept
 
 
 def write_whole(path, write):
@@ -319,33 +398,38 @@ def read_results(path):
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def save_rows(folder, rows, *below):
+def save_results(folder, rows, *below):
     """Merge the rows of `evaluate` into eval.json, and with values per test image into
     per_image.json: the last row at the top, or below the names given, others below their own.
 
     A damaged file raises UserError and is left alone. If the folder cannot be written to, a line
     says so; the results have been printed."""
-    *others, own = rows
-    results = rows[own] | {name.replace("raw ", ""): rows[name] for name in others}
+    *baselines, last = rows
+    results = dict(rows[last])
+    for name in baselines:
+        results[name.replace("raw ", "")] = rows[name]
     for name in below:
         results = {name: results}
     summary, per_image = folder / "eval.json", folder / "per_image.json"
     with locked(folder):
-        known = [read_results(path) for path in (summary, per_image)]
+        stored_summary, stored_per_image = read_results(summary), read_results(per_image)
         try:
-            text = json.dumps(merge(known[0], results, skip="per_image"), indent=2)
-            write_text(summary, text + "\n")
-            write_text(per_image, json.dumps(merge(known[1], results, skip=None)) + "\n")
+            merged = merge(stored_summary, without_per_image(results))
+            write_text(summary, json.dumps(merged, indent=2) + "\n")
+            write_text(per_image, json.dumps(merge(stored_per_image, results)) + "\n")
             print(f"merged into {summary}")
         except UserError as error:
             print(f"not stored: {error}")
 
 
+# --- methods and runs -------------------------------------------------------------------------
+
+
 def load_method(name):
-    """Return the class CLASS of "FILE.py:CLASS", or LoDisc as a function for its own methods."""
+    """Return the class of --method: in METHODS, or CLASS of "FILE.py:CLASS"."""
     if name in METHODS:
-        return lambda encoder, **options: LoDisc(encoder, name, **options)
-    path, _, wanted = name.rpartition(":")
+        return METHODS[name]
+    path, _, class_name = name.rpartition(":")
     require(Path(path).is_file(), f"--method {name}: no such method; expected FILE.py:CLASS, or "
             f"{', '.join(METHODS)}", UserError)
     spec = importlib.util.spec_from_file_location(f"method_{Path(path).stem}", path)
@@ -354,25 +438,39 @@ def load_method(name):
     if folder not in sys.path:
         sys.path.append(folder)  # last, so that its neighbours hide no installed module
     spec.loader.exec_module(module)
-    require(hasattr(module, wanted), f"--method {name}: no class {wanted} in that file", UserError)
-    return getattr(module, wanted)
+    require(hasattr(module, class_name), f"--method {name}: no class {class_name} in that file",
+            UserError)
+    return getattr(module, class_name)
+
+
+def current_config(config):
+    """Return the settings of a checkpoint, those of older versions by today's names."""
+    config = {"global_weight": 1.0, "local_weight": 1.0, **config}
+    if config["method"] == "global":
+        config["method"] = "mocov3"
+    elif config["method"] == "local":
+        config["method"], config["global_weight"] = "lodisc", 0.0
+    return config
 
 
 def build_model(config, fresh=True):
     """Return the model before training, or with fresh=False without reading the file of --init."""
     torch.manual_seed(config["seed"])
-    init = config["init"] != "none"
-    sizes = (config[name] for name in ("image_size", "patch_size", "dim", "depth", "heads"))
-    encoder = (load_encoder(config["init"], config["init_momentum"], config["image_size"])
-               if init and fresh else
-               VisionTransformer(*sizes, learned_positions=init, train_projection=init))
-    names = "mask importance local_input keep_ratio temperature hidden_dim output_dim".split()
+    has_init = config["init"] != "none"
+    if has_init and fresh:
+        encoder = load_encoder(config["init"], config["init_momentum"], config["image_size"])
+    else:
+        sizes = [config[name] for name in ("image_size", "patch_size", "dim", "depth", "heads")]
+        encoder = VisionTransformer(*sizes, learned_positions=has_init, train_projection=has_init)
+    method = load_method(config["method"])
+    options = {name: config[name] for name in method.OPTIONS}
     try:
-        return load_method(config["method"])(encoder, **{name: config[name] for name in names},
-                                             **config["method_options"])
+        return method(encoder, **options, **config["method_options"])
     except TypeError as error:  # of a class that has no such argument, or of the class's own code
-        odd = [name for name in config["method_options"] if f"argument '{name}'" in str(error)]
-        raise UserError(f"--method-option {odd[0]}: {error}") if odd else error
+        for name in config["method_options"]:
+            if f"argument '{name}'" in str(error):
+                raise UserError(f"--method-option {name}: {error}") from None
+        raise
 
 
 def load_state(model, checkpoint):
@@ -386,96 +484,30 @@ def load_state(model, checkpoint):
 
 def compared_encoders(config, encoder):
     """Return {row: encoder} to compare: raw pixels, a run's encoder before training, its own."""
-    rows = {"raw pixels": RawPixels(encoder.patch_size)}
-    if config:
-        try:
-            rows[{"none": "untrained"}.get(config["init"], "initial")] = build_model(config).encoder
-        except UserError as error:
-            print(f"no row for the initial weights: {error}")
-    return {**rows, "trained" if config else "published": encoder}
+    rows = {"raw pixels": RawPixels()}
+    if not config:
+        return {**rows, "published": encoder}
+    before = "untrained" if config["init"] == "none" else "initial"
+    try:
+        rows[before] = build_model(config).encoder
+    except UserError as error:
+        print(f"no row for the initial weights: {error}")
+    return {**rows, "trained": encoder}
 
 
-@torch.no_grad()
-def importance_of(encoder, images, importance):
-    """Importance (B, N) of normalised images (B, 3, H, W); importance: a name in IMPORTANCES."""
-    function, stored = IMPORTANCES[importance]
-    values = function(encoder(images.to(encoder.cls_token.device), attention=stored)[1]).cpu()
-    require_finite(values)
-    return values
-
-
-def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers=0):
-    """Measure how well the kept patches localise the object, on centre crops.
-
-    For the object, and for the drawn birds' deciding parts: the mean fraction of a kept patch's
-    pixels that they cover, relative to that of all patches. 1 is chance level, NAME_most the most
-    for as few patches, NAME_fixed the best of one mask for all. dataset: with regions(index)."""
-    size, patch = encoder.image_size, encoder.patch_size
-    loader = plain_loader(dataset, size, encoder.mean, encoder.std, workers)
-    with naming_dead_workers():
-        kept = torch.cat([location_mask(importance_of(encoder, batch, importance), keep_ratio)
-                          for batch, _ in loader])  # (n, N)
-    regions = cropped_maps(dataset.regions, range(len(dataset)), size)  # (n, H, W)
-    metrics, k = {}, int(kept[0].sum())
-    for name, least in (("object", BIRD), ("parts", PART)):
-        cover = F.avg_pool2d((regions >= least).float(), patch).flatten(1)  # (n, N)
-        if cover.any():
-            for kind, chosen in (("", cover[kept]), ("_most", cover.topk(k).values),
-                                 ("_fixed", cover.mean(0).topk(k).values)):
-                metrics[name + kind] = (chosen.mean() / cover.mean()).item()
-    return metrics
-
-
-def segment_parts(encoders, data, crop, shots=SHOTS, device="cpu", workers=0):
-    """Few-shot part segmentation: {name: encoder} -> {name: {"parts": {...}}}.
-
-    `linear_probe` of patch tokens, on `shots` labelled training images of all classes in turn,
-    every tenth held out; means over ten draws of each part's intersection over union, summed over
-    all patches, and of mean_iou, without ground (part 0) and parts absent from the test patches.
-    data: sets with part_map(index), see data/birds.py."""
-    parts, patch_size = data.test.parts, next(reversed(encoders.values())).patch_size
-    draws = [[i for turn in zip_longest(*shuffled_by_class(data.train.targets, draw)) for i in turn
-              if i is not None][:shots] for draw in range(DRAWS)]
-    used, draws = torch.tensor(draws).unique(return_inverse=True)  # draws (DRAWS, shots)
-    shown = Subset(data.train, used.tolist())
-    train = extract(encoders, shown, crop, device, workers, "patches")
-    test = extract(encoders, data.test, crop, device, workers, "patches")
-    labels = part_labels(data.train, shown.indices, crop[0], patch_size)  # (images, N)
-    true = part_labels(data.test, range(len(data.test)), crop[0], patch_size).flatten()  # (n N,)
-    held_out = (torch.arange(shots) % 10 == 0).repeat_interleave(labels.shape[1])
-    masks, results = F.one_hot(true, len(parts)).bool(), {}  # masks (n N, parts)
-    present = masks.any(0)  # (parts,)
-    require(bool(present[1:].any()), "no part covers most of a patch; use smaller ones", UserError)
-    for name in encoders:
-        features, tested, found = train[name][0], (test[name][0].flatten(0, 1), true), []
-        for own in draws:
-            probe = linear_probe((features[own].flatten(0, 1), labels[own].flatten()), tested,
-                                 device=device, held_out=held_out)
-            guess = F.one_hot(torch.tensor(probe["per_image"]["predicted"]), len(parts)).bool()
-            found.append((masks & guess).sum(0) / (masks | guess).sum(0))
-        found = torch.stack(found)  # (DRAWS, parts)
-        means = found[:, 1:][:, present[1:]].mean(1)
-        each = {part: found[:, i].mean().item() for i, part in enumerate(parts) if present[i]}
-        results[name] = {"parts": {
-            "mean_iou": means.mean().item(), "std": means.std().item(), "shots": shots, **each,
-            "draws": means.tolist(), "per_image": {"last_draw": guess.int().argmax(1).tolist()}}}
-    return results
-
-
-# --- the command line -------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("what", choices="linear knn retrieval all masks parts export".split())
+    add("what", choices=["linear", "knn", "retrieval", "all", "masks", "export"])
     add("checkpoint", type=Path, help="a run's folder, its checkpoint.pt, or published weights")
     add("images", nargs="*", type=Path, help="masks: image files in place of eight test images")
     add("--data", help="a data set by name, or a folder; default: the run's")
     add("--data-root", help="folder of the named data sets; default: the run's")
     add("--features", choices=["class", "mean"], default="class", help="token, or mean of patches")
-    add("--method", help="masks, parts: FILE.py:CLASS of a run whose method file has moved")
-    add("--shots", type=int, default=SHOTS, help="parts: labelled images (default: %(default)s)")
+    add("--method", help="masks: FILE.py:CLASS of a run whose method file has moved")
     add("--image-size", type=int, help="for published weights (default: about 98, on a GPU 224)")
     add("--momentum", action="store_true", help="take the momentum encoder, as a run's masks do")
     add("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if any)")
@@ -499,95 +531,16 @@ def pick_device(name):
 
 def recipe_image_size(patch_size, device):
     """Return the multiple of the patch nearest to 98 px, or 224 px on a GPU."""
-    return patch_size * round((224 if device.type == "cuda" else 98) / patch_size)
+    size = 224 if device.type == "cuda" else 98
+    return patch_size * round(size / patch_size)
 
 
-def read_data(args, config):
-    """Load the data of the command line, or else of the run; it must have test images."""
-    require(args.data or config, "published weights: give the images by --data", UserError)
-    args.data = data_name(args.data) if args.data else config["data"]
-    data = load_data(args.data, args.data_root or config.get("data_root", "datasets"),
-                     held_out=args.data == config.get("data") and config["held_out"])
-    require(data.test is not None, data.note, UserError)
-    return data
-
-
-def save_metrics(args, config, rows):
-    """Save a run's rows, below the names of features, data and shots other than its own."""
-    names = {"mean": args.features == "mean", "momentum": args.momentum,
-             f"{args.shots} shots": args.shots != SHOTS, args.data: args.data != config.get("data"),
-             args.checkpoint.stem: args.checkpoint.name not in (args.folder.name, "checkpoint.pt")}
-    if config:
-        save_rows(args.folder, rows, *(name for name, applies in names.items() if applies))
-
-
-def draw_masks(args, encoder, config, device):
-    """Return a picture of the pivotal patches; for data with regions print the localisation."""
-    if config:  # a run: its momentum encoder, and the patches that its method shows
-        model = build_model(config, fresh=False)
-        load_state(model, args.checkpoint)
-        model.momentum_encoder.mean, model.momentum_encoder.std = encoder.mean, encoder.std
-        encoder = model.momentum_encoder
-    else:
-        model = LoDisc(encoder, hidden_dim=8, output_dim=8)
-    model.to(device).eval()
-    importance, keep_ratio = config.get("importance", "product"), config.get("keep_ratio", 0.3)
-    if args.images:
-        images = [open_image(path) for path in args.images]
-    else:
-        test = read_data(args, config).test
-        images = [test[i][0] for i in example_indices(test.targets)]
-        if hasattr(test, "regions"):
-            found = localisation(encoder, test, importance, keep_ratio, args.workers)
-            print("\n".join(f"{name:<16}{value:.2f}" for name, value in found.items()))
-            save_metrics(args, config, {"": {"localisation": found}})
-    images = [v2.Compose(plain_crop(encoder.image_size))(image) for image in images]
-    batch = torch.stack([v2.Compose(to_tensor(encoder.mean, encoder.std))(i) for i in images])
-    masks = model.masks(batch.to(device))
-    return mask_sheet(images, importance_of(encoder, batch, importance),
-                      None if masks is None else masks.cpu())
-
-
-def draw_parts(args, encoder, config, device):
-    """Print and save the metrics of part segmentation; return a picture of it."""
-    data, size = read_data(args, config), encoder.image_size
-    require(hasattr(data.train, "part_map"), f"--data {args.data} has no part maps; the drawn "
-            "birds have (--data synthetic, of a run without --held-out)", UserError)
-    require(2 <= args.shots <= len(data.train), f"--shots must be in [2, {len(data.train)}], got "
-            f"{args.shots}", UserError)
-    rows = segment_parts(compared_encoders(config, encoder), data,
-                         (size, encoder.mean, encoder.std), args.shots, device, args.workers)
-    parts, own = data.test.parts, list(rows.values())[-1]["parts"]
-    print(table(rows, {"mean IoU": ("parts", "mean_iou"), "± draws": ("parts", "std"),
-                       **{part: ("parts", part) for part in (*parts[1:], parts[0])}}))
-    for part in [part for part in parts if part not in own]:
-        print(f"left out, as on no test patch: {part}")
-    save_metrics(args, config, rows)
-    shown = example_indices(data.test.targets)
-    images = [v2.Compose(plain_crop(size))(data.test[i][0]) for i in shown]
-    true = part_labels(data.test, shown, size, encoder.patch_size)
-    predicted = torch.tensor(own["per_image"]["last_draw"]).view(len(data.test), -1)[shown]
-    return sheet({"image": (images, None), "true\nparts": (images, true),
-                  "predicted\nparts": (images, predicted)}, parts)
-
-
-def export(encoder, path):
-    """Write the encoder by timm's names, with what load_encoder needs to build it again."""
-    config = dict(image_size=encoder.image_size, patch_size=encoder.patch_size, dim=encoder.dim,
-                  depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads,
-                  mean=list(encoder.mean), std=list(encoder.std))
-    contents = {"state_dict": encoder.state_dict(), "config": config}
-    write_whole(path, lambda file: torch.save(contents, file))
-    print("for timm.models.VisionTransformer(img_size={image_size}, patch_size={patch_size}, "
-          "embed_dim={dim}, depth={depth}, num_heads={heads}, num_classes=0)".format(**config))
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    require(args.what == "masks" or not args.images, "image files are only for masks", UserError)
-    device = pick_device(args.device)
+def load_subject(args, device):
+    """Return the encoder of the command line, and its run's settings, {} for published weights."""
     encoder = load_encoder(args.checkpoint, args.momentum, args.image_size)
-    config = encoder.config if "method" in encoder.config else {}
+    config = {}
+    if "method" in encoder.config:
+        config = current_config(encoder.config)
     if args.method:
         require(config, "--method is for a run", UserError)
         require(args.method.split(":")[-1] == config["method"].split(":")[-1], f"--method "
@@ -598,27 +551,125 @@ def main(argv=None):
         size = recipe_image_size(encoder.patch_size, device)
         encoder = load_encoder(args.checkpoint, args.momentum, size)
     print(f"{encoder.source}; at {encoder.image_size} px")
-    args.folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-    files = {"masks": ("masks.png", draw_masks), "parts": ("parts.png", draw_parts),
-             "export": ("encoder.pth", None)}
-    if args.what in files:
-        name, draw = files[args.what]
-        out = args.out or (args.folder if config else Path()) / name
-        own = config and draw and not args.out  # of an earlier call
-        require(out.parent.is_dir() and (own or not out.exists()),
-                f"--out {out}: expected a new file in a folder that exists", UserError)
-        if draw:
-            picture_format(out)  # before it is drawn
-            save_picture(draw(args, encoder, config, device), out)
-        else:
-            export(encoder, out)
-        return print(f"wrote {out}")
-    name = "momentum" if args.momentum else "trained" if config else "published"
-    results = evaluate({name: encoder}, read_data(args, config),
-                       (encoder.image_size, encoder.mean, encoder.std), args.what, device,
-                       args.workers, args.features)
-    print(table(results))
-    save_metrics(args, config, results)
+    return encoder, config
+
+
+def read_data(args, config):
+    """Load the data of the command line, or else of the run; it must have test images."""
+    require(args.data or config, "published weights: give the images by --data", UserError)
+    args.data = data_name(args.data) if args.data else config["data"]
+    held_out = args.data == config.get("data") and config["held_out"]
+    data = load_data(args.data, args.data_root or config.get("data_root", "datasets"),
+                     held_out=held_out)
+    require(data.test is not None, data.note, UserError)
+    return data
+
+
+def run_folder(args):
+    return args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+
+
+def save_metrics(args, config, rows):
+    """Save a run's rows, below the names of features, encoder and data other than its own."""
+    if not config:
+        return
+    below = []
+    if args.features == "mean":
+        below.append("mean")
+    if args.momentum:
+        below.append("momentum")
+    if args.data != config["data"]:
+        below.append(args.data)
+    folder = run_folder(args)
+    if args.checkpoint.name not in (folder.name, "checkpoint.pt"):
+        below.append(args.checkpoint.stem)
+    save_results(folder, rows, *below)
+
+
+def output_path(args, config, name):
+    """Return where a file goes; only a run's own picture of an earlier call is overwritten."""
+    folder = run_folder(args) if config else Path()
+    path = args.out or folder / name
+    replaceable = config and name.endswith(".png") and not args.out
+    require(path.parent.is_dir() and (replaceable or not path.exists()),
+            f"--out {path}: expected a new file in a folder that exists", UserError)
+    return path
+
+
+def measure(args, encoder, config, device):
+    """Print and save metrics of the encoder."""
+    name = "trained" if config else "published"
+    if args.momentum:
+        name = "momentum"
+    preprocessing = Preprocessing(encoder.image_size, encoder.mean, encoder.std)
+    rows = evaluate({name: encoder}, read_data(args, config), preprocessing, args.what, device,
+                    args.workers, args.features)
+    print(table(rows))
+    save_metrics(args, config, rows)
+
+
+def load_masks_model(args, encoder, config):
+    """Return the run's method with its weights, or MoCo v3 around published weights."""
+    if not config:
+        return MoCoV3(encoder, hidden_dim=8, output_dim=8)
+    model = build_model(config, fresh=False)
+    load_state(model, args.checkpoint)
+    model.momentum_encoder.mean, model.momentum_encoder.std = encoder.mean, encoder.std
+    return model
+
+
+def draw_masks(args, encoder, config, device):
+    """Draw the pivotal patches of the momentum encoder, those that the run's method shows. For data
+    with regions, print and save where the patches of all test images lie."""
+    path = output_path(args, config, "masks.png")
+    picture_format(path)  # before it is drawn
+    model = load_masks_model(args, encoder, config).to(device).eval()
+    encoder = model.momentum_encoder
+    importance, keep_ratio = config.get("importance", "product"), config.get("keep_ratio", 0.3)
+    if args.images:
+        images = [open_image(image) for image in args.images]
+    else:
+        test = read_data(args, config).test
+        images = [test[i][0] for i in example_indices(test.targets)]
+        if hasattr(test, "regions"):
+            masks = kept_patches(encoder, test, importance, keep_ratio, args.workers)
+            cover = patch_cover(test, encoder.image_size, encoder.patch_size)
+            place = {"object_cover": object_cover(masks, cover),
+                     "border_fraction": border_fraction(masks)}
+            chance = border_fraction(torch.ones_like(masks))
+            print(f"object cover {place['object_cover']:.2f} (chance level 1), border fraction "
+                  f"{place['border_fraction']:.2f} (chance level {chance:.2f})")
+            save_metrics(args, config, {"": {"masks": place}})
+    images = [v2.Compose(plain_crop(encoder.image_size))(image) for image in images]
+    normalise = v2.Compose(to_tensor(encoder.mean, encoder.std))
+    batch = torch.stack([normalise(image) for image in images])
+    masks = model.pivotal_patches(batch.to(device))
+    if masks is not None:
+        masks = masks.cpu()
+    save_picture(mask_sheet(images, importance_of(encoder, batch, importance), masks), path)
+    print(f"wrote {path}")
+
+
+def export(args, encoder, config, device):
+    """Write the encoder by timm's names, with what load_encoder needs to build it again."""
+    path = output_path(args, config, "encoder.pth")
+    sizes = dict(image_size=encoder.image_size, patch_size=encoder.patch_size, dim=encoder.dim,
+                 depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads,
+                 mean=list(encoder.mean), std=list(encoder.std))
+    contents = {"state_dict": encoder.state_dict(), "config": sizes}
+    write_whole(path, lambda file: torch.save(contents, file))
+    print("for timm.models.VisionTransformer(img_size={image_size}, patch_size={patch_size}, "
+          "embed_dim={dim}, depth={depth}, num_heads={heads}, num_classes=0)".format(**sizes))
+    print(f"wrote {path}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    require(args.what == "masks" or not args.images, "image files are only for masks", UserError)
+    device = pick_device(args.device)
+    encoder, config = load_subject(args, device)
+    command = {"masks": draw_masks, "export": export}.get(args.what, measure)
+    command(args, encoder, config, device)
 
 
 def exit_with_line(program, error):

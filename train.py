@@ -1,4 +1,4 @@
-"""Train LoDisc, MoCo v3 (--method global) or a method of your own, and evaluate the encoder.
+"""Train LoDisc, MoCo v3 (--method mocov3) or a method of your own, and evaluate the encoder.
 
     python train.py                              the drawn birds, a few minutes on a CPU
     python train.py --data DIR                   a folder of images, see data/README.md
@@ -9,7 +9,6 @@
 import argparse
 import ast
 import csv
-import gc
 import io
 import itertools
 import json
@@ -33,14 +32,16 @@ from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms import v2
 
 import data.augment as augment
+from data.augment import Preprocessing
 from data.datasets import (NAMES, data_name, default_workers, fitting_workers, load_data,
                            naming_dead_workers)
 from data.draw import example_indices, run_sheet
-from eval import (MAIN_METRICS, build_model, compared_encoders, evaluate, exit_with_line,
-                  pick_device, recipe_image_size, save_picture, save_rows, table, write_text,
-                  write_whole)
+from eval import (MAIN_METRICS, build_model, compared_encoders, current_config, evaluate,
+                  exit_with_line, pick_device, recipe_image_size, save_picture, save_results, table,
+                  write_text, write_whole)
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
-                    METHODS, UserError, load_encoder, momentum_schedule, read_weights, require)
+                    METHODS, LoDisc, UserError, load_encoder, momentum_schedule, read_weights,
+                    require)
 
 # Defaults; "images": to see in all, in so many epochs at least. Unlike MoCo v3's (lr 1.5e-4 per 256
 # images, EMA from 0.99, 40 of 300 epochs of warm-up), they are for short runs of small batches. As
@@ -61,63 +62,298 @@ WEIGHTS = {  # name for --init: the publisher's address
     "imagenet": ViT_B_16_Weights.IMAGENET1K_V1.url,  # ViT-B/16, trained with labels
 }
 MOVABLE = ("data", "data_root", "device", "workers", "init")  # settings that --resume may change
-BF16_WIDTH = 192  # on a CPU, bfloat16 pays from this encoder width on (tests/RESULTS.md)
+BF16_WIDTH = 192  # on a CPU, bfloat16 pays from this width on (tests/experiments/RESULTS.md)
 NEW_RUN = "runs/<data>-<method>-<n>"
+
+
+# --- the loop ---------------------------------------------------------------------------------
+
+
+def train(model, config, data, folder, device, checkpoint=None, rank=0, processes=1):
+    """Train the model on the device; return the history, a row per epoch, and the film of masks."""
+    model.to(device)
+    parallel = distribute(model, device, processes)
+    optimizer = build_optimizer(model, config)
+    precision = pick_precision(config["amp"], device, model.encoder.dim)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    print(f"precision: {precision or torch.float32}".replace("torch.", ""))
+    if config["compile"]:
+        for encoder in (model.encoder, model.momentum_encoder):  # the expensive passes
+            encoder.encode = torch.compile(encoder.encode)
+    loader, batches = build_loader(config, data.train, device, rank, processes)
+    generator = torch.Generator()  # of the random and block masks, seeded at each step
+    examples = example_images(config, data.train, device)
+
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    step, history, film = 0, [], []
+    if checkpoint:
+        step, history, film = restore(state, checkpoint)
+    elif rank == 0:
+        film = pivotal_patches(model, examples, epoch=0)
+
+    def save():
+        save_checkpoint(folder, config=config, step=step, history=history, film=film,
+                        random=torch.get_rng_state(),
+                        **{name: part.state_dict() for name, part in state.items()})
+
+    epochs, steps = config["epochs"], len(batches)
+    total, warmup = epochs * steps, round(steps * config["warmup_epochs"])
+    if rank == 0:
+        try:
+            remove_parts(folder)
+            save()
+        except (UserError, OSError):
+            if step < total:  # a finished run can be evaluated where it is read-only
+                raise
+    model.train()
+    for epoch in range(step // steps, epochs):
+        batches.epoch = epoch
+        log = Log(epoch, epochs, steps, config["batch_size"])
+        with naming_dead_workers():
+            for view1, view2 in loader:
+                m = momentum_schedule(step, total, config["momentum"])
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, warmup, total, group["peak"])
+                mask_seed = augment.mix_seed(augment.MASK_NOISE, config["seed"], step, rank)
+                generator.manual_seed(mask_seed)
+                views = view1.to(device, non_blocking=True), view2.to(device, non_blocking=True)
+                output, skipped = train_step(model, parallel, optimizer, scaler, precision, views,
+                                             generator, step / total, m)
+                step += 1
+                log.add(output, skipped, optimizer.param_groups[0]["lr"], m)
+        history.append(log.end_epoch(model))
+        if rank == 0:
+            film += pivotal_patches(model, examples, epoch + 1)
+            save()
+    return history, film
+
+
+def train_step(model, parallel, optimizer, scaler, precision, views, generator, progress, m):
+    """One step of the algorithm -> (the method's output, whether the fp16 scaler skipped it).
+
+    The momentum side moves after the optimiser's step, in MoCo v3's code before its forward."""
+    with torch.autocast(views[0].device.type, precision, enabled=precision is not None):
+        output = parallel(*views, generator, progress)
+    optimizer.zero_grad()
+    scale = scaler.get_scale()
+    scaler.scale(output.total).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    model.update_momentum(m)
+    return output, scaler.get_scale() < scale
+
+
+def learning_rate(step, warmup, total, peak):
+    """Linear rise over the warm-up steps, then half a cosine down to 0 (MoCo v3)."""
+    if step < warmup:
+        return peak * step / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+class Log:
+    """Mean losses of an epoch, printed at its end and every half minute."""
+
+    def __init__(self, epoch, epochs, steps, batch_size):
+        self.epoch, self.epochs, self.steps, self.batch_size = epoch, epochs, steps, batch_size
+        self.sums = self.done = self.skipped = 0
+        self.begun = self.shown = time.monotonic()
+
+    def add(self, output, skipped, lr, m):
+        """Count a step's losses, unless the fp16 scaler skipped it."""
+        self.names = [name for name in output._fields if name != "masks"]
+        scalars = [torch.as_tensor(getattr(output, name)) for name in self.names]
+        losses = torch.stack([scalar.detach().to(output.total) for scalar in scalars])
+        if skipped:
+            self.skipped += 1
+            losses = torch.zeros_like(losses)
+        self.sums = self.sums + losses
+        self.done += 1
+        self.lr, self.m = lr, m
+        if self.done == self.steps or time.monotonic() - self.shown > 30:
+            self.print_progress()  # waits for the device
+
+    def print_progress(self):
+        self.shown, row = time.monotonic(), self.row()
+        left = row["seconds"] * (self.steps / self.done * (self.epochs - self.epoch) - 1)
+        values = "  ".join(f"{name} {row[name]:.4g}" for name in list(row)[1:-1])
+        print(f"epoch {self.epoch + 1}/{self.epochs}  {values}  {left / 60:.1f} min left",
+              flush=True)
+
+    def row(self):
+        """Return the row of metrics.csv, so far."""
+        means = (self.sums / max(1, self.done - self.skipped)).tolist()
+        seconds = time.monotonic() - self.begun
+        return {"epoch": self.epoch + 1, "step": self.epoch * self.steps + self.done,
+                **dict(zip(self.names, means)), "lr": self.lr, "momentum": self.m,
+                "images_per_second": self.done * self.batch_size / seconds, "seconds": seconds}
+
+    def end_epoch(self, model):
+        """Return the epoch's row, over all processes; raise UserError if training diverged."""
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+            self.sums /= dist.get_world_size()
+        row, weights = self.row(), model.state_dict().values()
+        if self.skipped == self.steps:
+            self.stop(f"float16 overflowed in every step of epoch {row['epoch']}, so that none "
+                      "changed a weight: give --amp bf16 or off")
+        for what, tensors in (("loss", [self.sums]), ("model", weights)):
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+                self.stop(f"the {what} is not finite after step {row['step']}, learning rate "
+                          f"{self.lr:.1e}: lower --lr or --encoder-lr; the last good epoch is "
+                          f"{self.epoch}")
+        if self.skipped:
+            print(f"the fp16 scaler skipped {self.skipped} of {self.steps} steps")
+        return row
+
+    @staticmethod
+    def stop(reason):
+        """End the run; all ranks have the same losses and weights, and rank 0 says it."""
+        if dist.is_initialized() and dist.get_rank() > 0:
+            raise SystemExit(2)
+        raise UserError(reason)
+
+
+def distribute(model, device, processes):
+    """Return the model, wrapped for several processes."""
+    if processes == 1:
+        return model
+    if device.type == "cuda":  # on a CPU each rank has its own statistics
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its BatchNorms, in place
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def build_optimizer(model, config):
+    """AdamW with two groups, heads and encoder, each with its peak learning rate."""
+    heads, encoder = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = encoder if name.startswith("encoder.") else heads
+            group.append(parameter)
+    groups = [{"params": heads, "peak": config["lr"] * config["batch_size"] / 256},
+              {"params": encoder, "peak": config["encoder_lr"]}]
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=config["weight_decay"], fused=True)
+
+
+def pick_precision(amp, device, width):
+    """Return the autocast dtype, or None for float32; width: the encoder's."""
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    if device.type == "cpu" and width >= BF16_WIDTH:
+        has = torch.cpu.get_capabilities()
+        if has.get("amx_bf16") or has.get("avx512_bf16"):
+            return torch.bfloat16
+    return None
+
+
+def build_loader(config, dataset, device, rank, processes):
+    """Return the loader of (view 1, view 2), and its batches, whose `epoch` is to be set."""
+    size, seed = config["image_size"], config["seed"]
+    views = augment.TwoViews(dataset, preprocessing_of(config), seed, config["crop_min"])
+    # batches have the same images for any number of processes; each rank takes its part
+    batches = augment.Batches(len(dataset), config["batch_size"], seed, rank, processes)
+    batch_bytes = batches.per_rank * 2 * 3 * size**2 * 4
+    workers = fitting_workers(config["workers"], batch_bytes)
+    loader = DataLoader(views, batch_sampler=batches, num_workers=workers,
+                        generator=torch.Generator(),  # so that it does not draw from torch's
+                        pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+    return loader, batches
+
+
+def preprocessing_of(config):
+    return Preprocessing(config["image_size"], config["mean"], config["std"])
+
+
+def example_images(config, dataset, device):
+    """Return the images of the film, as for evaluation: (n, 3, H, W)."""
+    plain = augment.Plain(dataset, preprocessing_of(config))
+    images = [plain[i][0] for i in example_indices(dataset.targets)]
+    return torch.stack(images).to(device)
+
+
+@torch.no_grad()
+def pivotal_patches(model, examples, epoch):
+    """Return [(epoch, the method's pivotal patches of images, (n, N))], or [] if it has none."""
+    with torch.compiler.set_stance("force_eager"):  # compiling again for these few does not pay
+        masks = model.pivotal_patches(examples)
+    return [] if masks is None else [(epoch, masks.cpu())]
+
+
+# --- settings ---------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     """Return (settings given on the command line, defaults of all settings)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="See README.md")
-    defaults = {}
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="Default None: by the recipe of the data, the "
+        "device and --init, see README.md.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=data_name, default="synthetic", help=f"{', '.join(NAMES)}, or a folder")
+    add("--data-root", type=absolute, default=absolute("datasets"), help="of the named data sets")
+    add("--download", action="store_true", help="fetch a named data set that has a source")
+    add("--held-out", action="store_true",
+        help="evaluate on a fifth of the training images, held out from them")
 
-    def add(name, default, kind, text, authors=None):
-        options = {"type": kind} if callable(kind) else {"choices": list(kind)}
-        if kind in (bool, list):
-            options = {"action": "store_true" if kind is bool else "append"}
-        shown = "by data, device and --init" if default is None else default
-        authors = f"; authors: {authors}" if authors else ""
-        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{text} (default: {shown}{authors})", **options)
-        defaults[name] = default
+    add("--method", type=absolute, default="lodisc", help="lodisc, mocov3 or FILE.py:CLASS")
+    add("--method-option", action="append", default=[], help="NAME=VALUE for CLASS, repeatable")
+    add("--mask", choices=MASKS, default="location", help="which patches the local branch sees")
+    add("--importance", choices=IMPORTANCES, default="product",
+        help="of a patch, from all layers' attention; authors: product")
+    add("--local-input", choices=LOCAL_INPUTS, default="pixels",
+        help="other patches set to zero, or dropped; authors: pixels")
+    add("--keep-ratio", type=float, default=0.3, help="fraction of patches kept; authors: 0.3")
+    add("--global-weight", type=float, default=1.0, help="of the global loss; authors: 1")
+    add("--local-weight", type=float, default=1.0, help="of the local loss; authors: 1")
+    add("--temperature", type=float, default=0.2, help="of the contrastive softmax; authors: 0.2")
+    add("--hidden-dim", type=int, help="of projector and predictor; 4096, of vit_nano 512")
+    add("--output-dim", type=int, help="of projector and predictor; 256, of vit_nano 128")
 
-    add("data", "synthetic", data_name, f"{', '.join(NAMES)}, or a folder of images")
-    add("data_root", absolute("datasets"), absolute, "folder of the named data sets")
-    add("download", False, bool, "fetch a named data set that has a source")
-    add("held_out", False, bool, "evaluate on a fifth of the training images, held out from them")
-    add("method", "lodisc", absolute, f"{', '.join(METHODS)} (MoCo v3: global), or FILE.py:CLASS")
-    add("method_option", [], list, "NAME=VALUE for CLASS, repeatable")
-    add("mask", "location", MASKS, "which patches the local branch sees")
-    add("importance", "product", IMPORTANCES, "of a patch, from all layers' attention", "product")
-    add("local_input", "pixels", LOCAL_INPUTS, "other patches set to zero, or dropped", "pixels")
-    add("keep_ratio", 0.3, float, "fraction of patches kept", 0.3)
-    add("arch", None, ARCHITECTURES, "encoder", "vit_base")
-    add("image_size", None, int, "pixels per side", 224)
-    add("patch_size", None, int, "pixels per side", 16)
-    add("init", "none", absolute, f"weights file, or {', '.join(WEIGHTS)} (untested)", "imagenet")
-    add("init_momentum", False, bool, "take the file's momentum (or teacher's) encoder")
-    add("epochs", None, int, "passes over the images", 100)
-    add("warmup_epochs", None, float, "of linearly rising learning rate", 0)
-    add("batch_size", None, int, "images per step, over all processes", 32)
-    add("lr", None, float, "peak learning rate per 256 images", "1e-3 in an older README")
-    add("encoder_lr", None, float, "the encoder's peak at any batch size; from scratch the heads'")
-    add("weight_decay", 0.1, float, "AdamW's; MoCo v3: 0.1", 0.5)
-    add("temperature", 0.2, float, "of the contrastive softmax", 0.2)
-    add("momentum", None, float, "of the moving average at the start; 1 at the end", 0.99)
-    add("crop_min", None, float, "smallest fraction of an image's area in a view", 0.08)
-    add("seed", 0, int, "of weights, order, augmentation and random masks")
-    add("workers", default_workers(), int, "loading processes of each rank; 0: none")
-    add("device", "auto", str, "cuda, mps or cpu; auto: the accelerator, if any", "cuda")
-    add("amp", "auto", ("auto", "bf16", "fp16", "off"), "auto: bf16 (or fp16) on CUDA, and bf16 on "
-        "CPUs that have it in hardware, except for vit_nano")
-    add("compile", False, bool, "torch.compile for the encoders")
-    add("out", NEW_RUN, str, "the run's folder, a new one")
-    add("resume", "none", str, "continue the run in this folder, with its settings")
-    return vars(parser.parse_args(argv)), defaults
+    add("--arch", choices=ARCHITECTURES, help="encoder; authors: vit_base")
+    add("--image-size", type=int, help="pixels per side; authors: 224")
+    add("--patch-size", type=int, help="pixels per side; authors: 16")
+    add("--init", type=absolute, default="none",
+        help=f"weights file, or {', '.join(WEIGHTS)} (untested); authors: imagenet")
+    add("--init-momentum", action="store_true", help="the file's momentum (or teacher's) encoder")
+
+    add("--epochs", type=int, help="passes over the images; authors: 100")
+    add("--warmup-epochs", type=float, help="of linearly rising learning rate; authors: 0")
+    add("--batch-size", type=int, help="images per step, over all processes; authors: 32")
+    add("--lr", type=float, help="peak learning rate per 256 images; authors: 1e-3 in an older "
+        "README")
+    add("--encoder-lr", type=float,
+        help="the encoder's peak at any batch size; from scratch the heads'")
+    add("--weight-decay", type=float, default=0.1, help="AdamW's; MoCo v3: 0.1; authors: 0.5")
+    add("--momentum", type=float,
+        help="of the moving average at the start, 1 at the end; authors: 0.99")
+    add("--crop-min", type=float,
+        help="smallest fraction of an image's area in a view; authors: 0.08")
+
+    add("--seed", type=int, default=0, help="of weights, order, augmentation and random masks")
+    add("--workers", type=int, default=default_workers(),
+        help="loading processes of each rank; 0: none")
+    add("--device", default="auto", help="cuda, mps or cpu; auto: the accelerator, if any")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+        help="auto: bf16 (or fp16) on CUDA, and bf16 on CPUs that have it in hardware, except for "
+        "vit_nano")
+    add("--compile", action="store_true", help="torch.compile for the encoders")
+    add("--out", default=NEW_RUN, help="the run's folder, a new one")
+    add("--resume", default="none", help="continue the run in this folder, with its settings")
+
+    defaults = vars(parser.parse_args([]))
+    not_given = argparse.Namespace(**dict.fromkeys(defaults))  # argparse fills in what is missing
+    values = vars(parser.parse_args(argv, not_given))
+    return {name: value for name, value in values.items() if value is not None}, defaults
 
 
 def absolute(text):
     """Make the path of a folder, FILE or FILE.py:CLASS absolute; leave names unchanged."""
     return text if text in ("none", *METHODS, *WEIGHTS) else str(Path(text).resolve())
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def method_options(texts):
@@ -145,82 +381,118 @@ def weights_file(name):
     return str(path)
 
 
-def fill_defaults(config, device, num_images, processes=1):
-    """Fill in what the command line left open, in place, and print what was chosen."""
-    config["method_options"] = method_options(config.pop("method_option"))
-    config["num_images"] = num_images
-    init, place = config["init"] != "none", "GPU" if device.type == "cuda" else "CPU"
-    kind = ("init" if init else "birds" if config["data"] == "synthetic" else f"scratch, {place}")
-    recipe = dict(RECIPES[kind])
-    config["mean"], config["std"] = list(IMAGENET_MEAN), list(IMAGENET_STD)
-    if init:
-        config["init"] = weights_file(config["init"])
-        encoder = load_encoder(config["init"], config["init_momentum"])
-        print(f"weights of {encoder.source}")
-        sizes = dict(dim=encoder.dim, depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads)
-        arch = next((name for name, known in ARCHITECTURES.items() if known == sizes), "unnamed")
-        for name, found in (("arch", arch), ("patch_size", encoder.patch_size)):
-            require(config[name] in (None, found), f"--{name.replace('_', '-')} {config[name]} "
-                    f"disagrees with --init {config['init']}, which has {found}", UserError)
-            recipe[name] = found
+def load_init(settings):
+    """Return the encoder of --init, or None; the other settings must not contradict it."""
+    if settings["init"] == "none":
+        return None
+    settings["init"] = weights_file(settings["init"])
+    encoder = load_encoder(settings["init"], settings["init_momentum"])
+    for name, value in (("arch", arch_of(encoder)), ("patch_size", encoder.patch_size)):
+        require(settings[name] in (None, value), f"{flag(name)} {settings[name]} disagrees with "
+                f"--init {settings['init']}, which has {value}", UserError)
+    return encoder
+
+
+def sizes_of(encoder):
+    return {"dim": encoder.dim, "depth": len(encoder.blocks),
+            "heads": encoder.blocks[0].attn.heads}
+
+
+def arch_of(encoder):
+    """Return the name of an encoder's sizes in ARCHITECTURES, or "unnamed"."""
+    for name, sizes in ARCHITECTURES.items():
+        if sizes == sizes_of(encoder):
+            return name
+    return "unnamed"
+
+
+def recipe_name(settings, device):
+    if settings["init"] != "none":
+        return "init"
+    if settings["data"] == "synthetic":
+        return "birds"
+    return "scratch, GPU" if device.type == "cuda" else "scratch, CPU"
+
+
+def fill_defaults(settings, device, num_images, processes=1, encoder=None):
+    """Return a run's settings: what the command line left open (None) is chosen by its recipe.
+
+    encoder: that of --init, or None. Nothing is read, printed or changed."""
+    recipe = dict(RECIPES[recipe_name(settings, device)])
+    if encoder is not None:
+        recipe["arch"], recipe["patch_size"] = arch_of(encoder), encoder.patch_size
         recipe["image_size"] = recipe_image_size(encoder.patch_size, device)
-        if getattr(encoder, "config", None):  # of a run or its export: its own size
+        if encoder.config:  # of a run or its export: its own size
             recipe["image_size"] = encoder.image_size
-        config.update(sizes, mean=list(encoder.mean), std=list(encoder.std))
-    images, least = recipe.pop("images", (0, 1))
-    recipe.setdefault("epochs", max(least, min(200, round(images / num_images))))
+    if "images" in recipe:
+        images_seen, least_epochs = recipe.pop("images")
+        epochs = min(200, round(images_seen / num_images))
+        recipe["epochs"] = max(least_epochs, epochs)
+
     per_process = max(1, min(recipe["batch_size"], num_images) // processes)
-    batch_size = config["batch_size"] or per_process * processes
+    batch_size = settings["batch_size"] or per_process * processes
     recipe["lr"] *= min(1, recipe["batch_size"] / batch_size)  # no peak above the recipe's
     recipe["batch_size"] = batch_size
-    sixth = round((config["epochs"] or recipe["epochs"]) / 6, 2)  # of a short run no more
+    sixth = round((settings["epochs"] or recipe["epochs"]) / 6, 2)  # of a short run no more
     recipe["warmup_epochs"] = min(recipe.get("warmup_epochs", sixth), sixth)
-    chosen = {name: value for name, value in recipe.items() if config[name] is None}
-    config.update(chosen)
+    is_nano = (settings["arch"] or recipe["arch"]) == "vit_nano"
+    recipe["hidden_dim"], recipe["output_dim"] = (512, 128) if is_nano else (4096, 256)
+
+    config = dict(settings, num_images=num_images, mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD))
+    config["method_options"] = method_options(config.pop("method_option"))
+    for name, value in recipe.items():
+        if config[name] is None:
+            config[name] = value
     if config["encoder_lr"] is None:
-        config["encoder_lr"] = config["lr"] * batch_size / 256
-    if not init:
-        config.update(ARCHITECTURES[config["arch"]])  # dim, depth, heads
+        config["encoder_lr"] = config["lr"] * config["batch_size"] / 256
     config["warmup_epochs"] = min(config["warmup_epochs"], config["epochs"])
-    config["hidden_dim"], config["output_dim"] = ((512, 128) if config["arch"] == "vit_nano" else
-                                                  (4096, 256))
-    if chosen and kind != "birds":
-        print(f"chosen ({kind}): " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
+    if encoder is None:
+        config.update(ARCHITECTURES[config["arch"]])  # dim, depth, heads
+    else:
+        config.update(sizes_of(encoder), mean=list(encoder.mean), std=list(encoder.std))
+    return config
 
 
 def check_settings(config, processes):
     """Raise UserError for a setting outside its range."""
     least = dict(epochs=1, image_size=1, patch_size=1, batch_size=2 * processes, lr=0, encoder_lr=0,
                  warmup_epochs=0, weight_decay=0, seed=0, workers=0, momentum=0, crop_min=0,
-                 temperature=1e-6, keep_ratio=1e-6)
+                 temperature=1e-6, keep_ratio=1e-6, global_weight=0, local_weight=0, hidden_dim=1,
+                 output_dim=1)
     most = dict(momentum=1, crop_min=1, keep_ratio=1, batch_size=config["num_images"],
                 seed=2**32 - 1)
-    steps = dict(image_size=config["patch_size"], batch_size=processes)
+    multiples = dict(image_size=config["patch_size"], batch_size=processes)
     for name, low in least.items():
-        value, high, step = config[name], most.get(name, math.inf), steps.get(name)
-        require(low <= value <= high and not (step and value % step),
-                f"--{name.replace('_', '-')} must be in [{low}, {high}]"
-                + f" and a multiple of {step}" * ((step or 1) > 1) + f", got {value}", UserError)
+        value, high, multiple = config[name], most.get(name, math.inf), multiples.get(name, 1)
+        expected = f"in [{low}, {high}]"
+        if multiple > 1:
+            expected += f" and a multiple of {multiple}"
+        fits = low <= value <= high and (multiple <= 1 or value % multiple == 0)
+        require(fits, f"{flag(name)} must be {expected}, got {value}", UserError)
     require(config["method"] not in METHODS or not config["method_options"],
             f"--method-option is for FILE.py:CLASS, not --method {config['method']}", UserError)
 
 
-def pick_precision(amp, device, width):
-    """Return the autocast dtype, or None for float32; width: the encoder's."""
-    if amp != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if bf16 else torch.float16
-    has = torch.cpu.get_capabilities() if device.type == "cpu" and width >= BF16_WIDTH else {}
-    return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else None
+def check_method_options(given, config, options):
+    """Raise UserError for an option on the command line that the method would not use."""
+    for name in given:
+        require(name not in LoDisc.OPTIONS or name in options, f"{flag(name)} is no option of "
+                f"--method {config['method']}, which has {', '.join(map(flag, options))}",
+                UserError)
+    ranked = MASKS[config["mask"]].needs_importance
+    require("importance" not in given or ranked, f"--importance is not used by --mask "
+            f"{config['mask']}; leave it out", UserError)
+
+
+# --- the run's folder -------------------------------------------------------------------------
 
 
 def new_folder(out, config):
     """Make the run's folder, which must not exist; of two runs at once, each gets its own."""
-    stem = f"{Path(config['data']).name}-{config['method'].split(':')[-1]}"
-    candidates = [Path(out)] if out != NEW_RUN else (Path("runs", f"{stem}-{n}")
-                                                     for n in itertools.count(1))
+    candidates = [Path(out)]
+    if out == NEW_RUN:
+        stem = f"{Path(config['data']).name}-{config['method'].split(':')[-1]}"
+        candidates = (Path("runs", f"{stem}-{n}") for n in itertools.count(1))
     for folder in candidates:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -240,10 +512,22 @@ def save_checkpoint(folder, **contents):
     """Write metrics.csv and config.json, which are for people, then replace the checkpoint
     atomically, so that a complete one always exists."""
     history, text = contents["history"], io.StringIO(newline="")
-    csv.writer(text).writerows(history[:1] + [row.values() for row in history])
+    if history:
+        rows = csv.DictWriter(text, list(history[0]))
+        rows.writeheader()
+        rows.writerows(history)
     write_text(folder / "metrics.csv", text.getvalue())
     write_text(folder / "config.json", json.dumps(contents["config"], indent=2) + "\n")
     write_whole(folder / "checkpoint.pt", lambda file: torch.save(contents, file))
+
+
+def restore(state, checkpoint):
+    """Load the parts of a run from its checkpoint -> (step, history, film)."""
+    for name, part in state.items():
+        if checkpoint[name]:  # the scaler's is empty if the run had none
+            part.load_state_dict(checkpoint[name])
+    torch.set_rng_state(checkpoint["random"])  # unused here, for forks
+    return checkpoint["step"], checkpoint["history"], checkpoint["film"]
 
 
 def remove_parts(folder):
@@ -256,16 +540,21 @@ def remove_parts(folder):
 def read_run(folder, given):
     """Return a run's checkpoint; the given settings must equal its own or be in MOVABLE."""
     checkpoint, given = read_weights(folder), dict(given)
-    config = checkpoint.get("config", {})
-    require("num_images" in config, f"--resume {folder}: not a run's checkpoint", UserError)
+    stored = checkpoint.get("config", {})
+    require("num_images" in stored, f"--resume {folder}: not a run's checkpoint", UserError)
+    config = checkpoint["config"] = current_config(stored)
+    if stored["method"] == "global":  # an older run of MoCo v3: the loss that it lacks, as 0
+        for row in checkpoint["history"]:
+            del row["local_loss"]
     if "method_option" in given:
         given["method_options"] = method_options(given.pop("method_option"))
-    same_class = given.get("method", "").split(":")[-1] == config["method"].split(":")[-1]
-    movable = (*MOVABLE, "method") if same_class else MOVABLE
-    odd = [name for name in given if name not in (*movable, "resume", "download")
-           and config.get(name) != given[name]]
-    require(not odd, f"--resume {folder}: the run has other settings for {', '.join(odd)}; leave "
-            "them out, or start a new run", UserError)
+    movable = MOVABLE
+    if given.get("method", "").split(":")[-1] == config["method"].split(":")[-1]:
+        movable += ("method",)  # a method file that has moved
+    mismatches = [name for name in given if name not in (*movable, "resume", "download")
+                  and config.get(name) != given[name]]
+    require(not mismatches, f"--resume {folder}: the run has other settings for "
+            f"{', '.join(mismatches)}; leave them out, or start a new run", UserError)
     if "init" in given:
         require("none" not in (given["init"], config["init"]) or given["init"] == config["init"],
                 f"--resume {folder}: the run has --init {config['init']}", UserError)
@@ -274,166 +563,13 @@ def read_run(folder, given):
     return checkpoint
 
 
-class Log:
-    """Mean losses of an epoch, printed at its end and every half minute."""
-
-    def __init__(self, epoch, epochs, steps, batch_size):
-        self.epoch, self.epochs, self.steps, self.batch_size = epoch, epochs, steps, batch_size
-        self.sums = self.done = self.skipped = 0
-        self.begun = self.shown = time.monotonic()
-
-    def add(self, output, skipped, lr, m):
-        """Count a step's losses, unless the fp16 scaler skipped it."""
-        self.names = [name for name in output._fields if name != "masks"]
-        losses = torch.stack([torch.as_tensor(getattr(output, name)).detach().to(output.total)
-                              for name in self.names])
-        self.sums = self.sums + (torch.zeros_like(losses) if skipped else losses)
-        self.done, self.skipped, self.lr, self.m = self.done + 1, self.skipped + skipped, lr, m
-        if self.done == self.steps or time.monotonic() - self.shown > 30:
-            self.shown, row = time.monotonic(), self.row()  # waits for the device
-            left = row["seconds"] * (self.steps / self.done * (self.epochs - self.epoch) - 1)
-            values = "  ".join(f"{name} {row[name]:.4g}" for name in list(row)[1:-1])
-            print(f"epoch {self.epoch + 1}/{self.epochs}  {values}  {left / 60:.1f} min left",
-                  flush=True)
-
-    def row(self):
-        """Return the row of metrics.csv, so far."""
-        means = (self.sums / max(1, self.done - self.skipped)).tolist()
-        seconds = time.monotonic() - self.begun
-        return {"epoch": self.epoch + 1, "step": self.epoch * self.steps + self.done,
-                **dict(zip(self.names, means)), "lr": self.lr, "momentum": self.m,
-                "images_per_second": self.done * self.batch_size / seconds, "seconds": seconds}
-
-    def end_epoch(self, model):
-        """Return the epoch's row, over all processes; raise UserError if training diverged."""
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
-            self.sums /= dist.get_world_size()
-        row = self.row()
-        require(self.skipped < self.steps, f"float16 overflowed in every step of epoch "
-                f"{row['epoch']}, so that none changed a weight: give --amp bf16 or off", UserError)
-        for what, tensors in (("loss", [self.sums]), ("model", model.state_dict().values())):
-            require(all(bool(tensor.isfinite().all()) for tensor in tensors), f"the {what} is not "
-                    f"finite after step {row['step']}, learning rate {self.lr:.1e}: lower --lr or "
-                    f"--encoder-lr; the last good epoch is {self.epoch}", UserError)
-        if self.skipped:
-            print(f"the fp16 scaler skipped {self.skipped} of {self.steps} steps")
-        return row
+def has_epoch(folder):
+    """Whether a run's metrics.csv has a row, so that an epoch has been stored."""
+    metrics = folder / "metrics.csv"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
-def build_optimizer(model, config):
-    """AdamW with two groups, heads and encoder, each with its peak learning rate."""
-    peaks = config["lr"] * config["batch_size"] / 256, config["encoder_lr"]
-    groups = [{"params": [parameter for name, parameter in model.named_parameters() if
-                          parameter.requires_grad and name.startswith("encoder.") == inside],
-               "peak": peak} for inside, peak in enumerate(peaks)]
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=config["weight_decay"], fused=True)
-
-
-def learning_rate(step, warmup, total, peak):
-    """Linear rise over the warm-up steps, then half a cosine down to 0 (MoCo v3)."""
-    if step < warmup:
-        return peak * step / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
-
-
-def train_step(model, parallel, optimizer, scaler, precision, views, generator, progress, m):
-    """One step of the algorithm -> (the method's output, whether the fp16 scaler skipped it).
-
-    The momentum side moves after the optimiser's step, in MoCo v3's code before its forward."""
-    with torch.autocast(views[0].device.type, precision, enabled=precision is not None):
-        output = parallel(*views, generator, progress)
-    optimizer.zero_grad()
-    scale = scaler.get_scale()
-    scaler.scale(output.total).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    model.update_momentum(m)
-    return output, scaler.get_scale() < scale
-
-
-@torch.no_grad()
-def shown_masks(model, examples, epoch):
-    """Return [(epoch, the method's masks of example images (n, N))], or [] if it has none."""
-    with torch.compiler.set_stance("force_eager"):  # compiling again for these few does not pay
-        masks = model.masks(examples)
-    return [] if masks is None else [(epoch, masks.cpu())]
-
-
-def train(model, config, data, folder, device, checkpoint=None, rank=0, processes=1):
-    """Train the model on the device; return the history, a row per epoch, and the film of masks."""
-    model.to(device)
-    if processes > 1 and device.type == "cuda":  # on a CPU each rank has its own statistics
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its BatchNorms, in place
-    parallel = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
-    optimizer = build_optimizer(model, config)
-    precision = pick_precision(config["amp"], device, model.encoder.dim)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    print(f"precision: {precision or torch.float32}".replace("torch.", ""))
-    if config["compile"]:  # the expensive passes
-        model.encoder.compile(), model.momentum_encoder.compile()
-
-    crop, seed = (config["image_size"], config["mean"], config["std"]), config["seed"]
-    views = augment.TwoViews(data.train, *crop, seed, config["crop_min"])
-    # batches have the same images for any number of processes; each rank takes its part
-    batches = augment.Batches(len(data.train), config["batch_size"], seed, rank, processes)
-    generator = torch.Generator()  # of the random and block masks, seeded at each step
-    workers = fitting_workers(config["workers"], batches.per_rank * 2 * 3 * crop[0]**2 * 4)
-    loader = DataLoader(views, batch_sampler=batches, num_workers=workers,
-                        generator=torch.Generator(),  # so that it does not draw from torch's
-                        pin_memory=device.type == "cuda", persistent_workers=workers > 0)
-    epochs, steps = config["epochs"], len(batches)
-    total, warmup = epochs * steps, round(steps * config["warmup_epochs"])
-    step, history, film = 0, [], []
-    if rank == 0:
-        plain = augment.Plain(data.train, *crop)
-        examples = [plain[i][0] for i in example_indices(data.train.targets)]
-        examples = torch.stack(examples).to(device)
-        film = shown_masks(model, examples, 0)
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    if checkpoint:
-        step, history, film = (checkpoint[name] for name in ("step", "history", "film"))
-        for name in parts:
-            if checkpoint[name]:  # the scaler's is empty if the run had none
-                parts[name].load_state_dict(checkpoint[name])
-        torch.set_rng_state(checkpoint["random"])  # unused here, for forks
-
-    def save():
-        states = {name: part.state_dict() for name, part in parts.items()}
-        save_checkpoint(folder, config=config, step=step, history=history, film=film,
-                        random=torch.get_rng_state(), **states)
-
-    if rank == 0:
-        try:
-            remove_parts(folder)
-            save()
-        except (UserError, OSError):
-            if step < total:  # a finished run can be evaluated where it is read-only
-                raise
-    model.train()
-    for epoch in range(step // steps, epochs):
-        batches.epoch, log = epoch, Log(epoch, epochs, steps, config["batch_size"])
-        with naming_dead_workers():
-            for view1, view2 in loader:
-                m = momentum_schedule(step, total, config["momentum"])
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, warmup, total, group["peak"])
-                generator.manual_seed(augment.mix_seed(augment.MASKS, seed, step, rank))
-                views = [view.to(device, non_blocking=True) for view in (view1, view2)]
-                output, skipped = train_step(model, parallel, optimizer, scaler, precision, views,
-                                             generator, step / total, m)
-                step += 1
-                log.add(output, skipped, optimizer.param_groups[0]["lr"], m)
-        try:
-            history.append(log.end_epoch(model))
-        except UserError:
-            if rank > 0:  # all ranks have the same losses and weights: rank 0 says it
-                raise SystemExit(2) from None
-            raise
-        if rank == 0:
-            film += shown_masks(model, examples, epoch + 1)
-            save()
-    return history, film
+# --- after the training -----------------------------------------------------------------------
 
 
 def evaluate_run(config, data, folder, device):
@@ -441,17 +577,18 @@ def evaluate_run(config, data, folder, device):
     print("evaluating raw pixels and the encoder before and after training; to repeat it: "
           f"python train.py --resume {shlex.quote(str(folder))}")
     rows = evaluate(compared_encoders(config, load_encoder(folder)), data,
-                    [config[name] for name in ("image_size", "mean", "std")], "all", device,
-                    config["workers"])
+                    preprocessing_of(config), "all", device, config["workers"])
     print(table(rows))
-    save_rows(folder, rows)
+    save_results(folder, rows)
     return rows
 
 
 def draw_run(config, levels, history, film, rows, dataset, folder):
     """Write run.png; levels {loss: chance level}; rows: evaluate_run's, or {}."""
-    metrics = {row: {name: results[part][key] for name, (part, key) in MAIN_METRICS.items()
-                     if part in results} for row, results in rows.items()}
+    metrics = {}
+    for row, results in rows.items():
+        metrics[row] = {name: results[part][key] for name, (part, key) in MAIN_METRICS.items()
+                        if part in results}
     crop = v2.Compose(augment.plain_crop(config["image_size"]))
     images = [crop(dataset[i][0]) for i in example_indices(dataset.targets)]
     path = folder / "run.png"
@@ -460,6 +597,9 @@ def draw_run(config, levels, history, film, rows, dataset, folder):
         print(f"wrote {path}")
     except UserError as error:
         print(f"not stored: {error}")
+
+
+# --- processes --------------------------------------------------------------------------------
 
 
 def start_processes():
@@ -500,20 +640,15 @@ def rank_0_first(work, rank, processes):
     return result if rank == 0 else work()
 
 
-def has_epoch(folder):
-    """Whether a run's metrics.csv has a row, so that an epoch has been stored."""
-    metrics = folder / "metrics.csv"
-    return metrics.exists() and metrics.stat().st_size > 0
-
-
 class Run:
     """One call of this script: what its arguments mean, and the folder that it makes."""
 
     def __init__(self, argv):
         self.given, defaults = parse_args_once(argv)
         self.config = {**defaults, **self.given}
-        self.resume, self.out, self.download = (
-            self.config.pop(name) for name in ("resume", "out", "download"))
+        self.resume = self.config.pop("resume")
+        self.out = self.config.pop("out")
+        self.download = self.config.pop("download")
         self.rank, self.processes = 0, 1
         self.checkpoint = self.folder = None
         self.made = False  # whether this call has made the folder
@@ -521,27 +656,44 @@ class Run:
     def prepare(self):
         """Read the checkpoint, or fill in the defaults; load the data and build the model."""
         if self.resume != "none":
-            folder = Path(self.resume)
-            folder = folder.parent if folder.name == "checkpoint.pt" else folder
-            require(folder.suffix != ".pt", f"--resume {folder}: expected a run's folder",
-                    UserError)
-            self.folder, self.checkpoint = folder, read_run(folder, self.given)
-            self.config = self.checkpoint["config"]
-        config = self.config
-        self.device = pick_device(config["device"])
+            self.read_checkpoint()
+        self.device = pick_device(self.config["device"])
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.data = load_data(config["data"], config["data_root"], self.download,
-                              config["held_out"])
+        self.data = load_data(self.config["data"], self.config["data_root"], self.download,
+                              self.config["held_out"])
         num_images = len(self.data.train)
         if not self.checkpoint:
-            fill_defaults(config, self.device, num_images, self.processes)
+            self.choose_settings(num_images)
+        config = self.config
         require(config["num_images"] == num_images > 1, f"--data {config['data']}: expected "
                 f"{max(2, config['num_images'])} training images, got {num_images}", UserError)
         check_settings(config, self.processes)
         self.model = build_model(config, fresh=not self.checkpoint)
-        if self.rank == 0 and not self.checkpoint:
-            self.folder, self.made = new_folder(self.out, config), True
+        if not self.checkpoint:
+            check_method_options(self.given, config, self.model.OPTIONS)
+            if self.rank == 0:
+                self.folder, self.made = new_folder(self.out, config), True
+
+    def read_checkpoint(self):
+        folder = Path(self.resume)
+        if folder.name == "checkpoint.pt":
+            folder = folder.parent
+        require(folder.suffix != ".pt", f"--resume {folder}: expected a run's folder", UserError)
+        self.folder, self.checkpoint = folder, read_run(folder, self.given)
+        self.config = self.checkpoint["config"]
+
+    def choose_settings(self, num_images):
+        """Read --init, fill in the defaults, and print what was chosen."""
+        encoder = load_init(self.config)
+        if encoder is not None:
+            print(f"weights of {encoder.source}")
+        settings = self.config
+        self.config = fill_defaults(settings, self.device, num_images, self.processes, encoder)
+        recipe = recipe_name(settings, self.device)
+        if recipe != "birds":
+            print(f"chosen ({recipe}): " + ", ".join(
+                f"{name} {self.config[name]}" for name in settings if settings[name] is None))
 
     def announce(self):
         """Print what is about to be trained, and return the losses' chance levels."""
@@ -599,7 +751,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    gc.freeze()  # collections need not walk the imported modules, here and in loading processes
     try:
         main()
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import random
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +10,15 @@ from PIL import ImageFilter
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
-ORDER, AUGMENTATION, MASKS = range(3)  # what a seed is for: no two purposes share a stream
+ORDER, AUGMENTATION, MASK_NOISE = range(3)  # what a seed is for: no two purposes share a stream
+
+
+class Preprocessing(NamedTuple):
+    """The input of an encoder."""
+
+    crop: int  # pixels per side
+    mean: tuple  # of normalisation, per channel
+    std: tuple
 
 
 def mix_seed(*numbers):
@@ -74,16 +83,22 @@ def plain_crop(image_size, interpolation=InterpolationMode.BILINEAR):
     return [v2.Resize(round(image_size * 8 / 7), interpolation), v2.CenterCrop(image_size)]
 
 
+def cropped_maps(read, indices, image_size):
+    """Return the maps read(i) of images, cropped as these for evaluation: uint8 (n, H, W)."""
+    crop = v2.Compose(plain_crop(image_size, InterpolationMode.NEAREST))
+    return torch.stack([torch.from_numpy(np.array(crop(read(i)))) for i in indices])
+
+
 class TwoViews(Dataset):
     """(view 1, view 2) of a data set's images, indexed by (epoch, index).
 
     A sample's augmentation depends on (seed, epoch, index), not on order or workers, also if the
     data set or a transform draws from numpy or random."""
 
-    def __init__(self, dataset, image_size, mean, std, seed, crop_min=0.08):
+    def __init__(self, dataset, preprocessing, seed, crop_min=0.08):
         self.dataset, self.seed = dataset, seed
-        self.view1 = view_transform(image_size, mean, std, crop_min, blur=1.0, solarise=0.0)
-        self.view2 = view_transform(image_size, mean, std, crop_min, blur=0.1, solarise=0.2)
+        self.view1 = view_transform(*preprocessing, crop_min, blur=1.0, solarise=0.0)
+        self.view2 = view_transform(*preprocessing, crop_min, blur=0.1, solarise=0.2)
 
     def __getitem__(self, epoch_and_index):
         epoch, index = epoch_and_index
@@ -116,9 +131,10 @@ class Batches(Sampler):
 class Plain(Dataset):
     """(centre crop, class) of a data set's images, for evaluation."""
 
-    def __init__(self, dataset, image_size, mean, std):
+    def __init__(self, dataset, preprocessing):
+        crop, mean, std = preprocessing
         self.dataset = dataset
-        self.transform = v2.Compose(plain_crop(image_size) + to_tensor(mean, std))
+        self.transform = v2.Compose(plain_crop(crop) + to_tensor(mean, std))
 
     def __len__(self):
         return len(self.dataset)

@@ -13,14 +13,8 @@ import math
 import random
 from functools import lru_cache
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageEnhance
-from torch.nn.functional import avg_pool2d
 from torch.utils.data import Dataset
-from torchvision.transforms import InterpolationMode, v2
-
-from data.augment import plain_crop
 
 CANVAS = 64  # pixels per side of an image
 SHARP = 3  # drawn so many times larger, then reduced: smooth edges
@@ -200,21 +194,8 @@ class Birds(Dataset):
     def regions(self, index):
         """Return the region map of an image: an "L" image of GROUND, BIRD and PART."""
         drawn = draw(self.seed, self.split, index)[1]
-        return drawn.point([PART if v > MARK else BIRD if v else GROUND for v in range(256)])
+        return drawn.point([GROUND] + [BIRD] * MARK + [PART] * (255 - MARK))
 
     def part_map(self, index):
         """Return the part map of an image: an "L" image of indices in PARTS."""
         return draw(self.seed, self.split, index)[1].point([v % MARK for v in range(256)])
-
-
-def cropped_maps(read, indices, image_size):
-    """Return the maps read(i) of images, cropped as these for evaluation: uint8 (n, H, W)."""
-    crop = v2.Compose(plain_crop(image_size, InterpolationMode.NEAREST))
-    return torch.stack([torch.from_numpy(np.array(crop(read(i)))) for i in indices])
-
-
-def part_labels(dataset, indices, image_size, patch_size):
-    """Label patches by the part that covers most of their pixels, ties by the lower: (n, N)."""
-    maps = cropped_maps(dataset.part_map, indices, image_size)
-    return torch.stack([avg_pool2d((maps == part).float(), patch_size)
-                        for part in range(len(dataset.parts))]).argmax(0).flatten(1)

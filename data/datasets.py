@@ -177,21 +177,28 @@ def load_folder(root):
             "folder with train/ and test/, see data/README.md", UserError)
     train = root / "train" if (root / "train").is_dir() else root
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    labelled = train != root and test and all(map(has_class_folders, (train, test)))
+    labelled = False
+    if train != root and test is not None:
+        labelled = has_class_folders(train) and has_class_folders(test)
     try:
-        found = ([ImageFolder(train), ImageFolder(test)] if labelled else
-                 [ImageFolder(train, allow_empty=True)] if has_class_folders(train) else
-                 [FlatFolder(train)])
+        if labelled:
+            folders = [ImageFolder(train), ImageFolder(test)]
+        elif has_class_folders(train):
+            folders = [ImageFolder(train, allow_empty=True)]
+        else:
+            folders = [FlatFolder(train)]
     except FileNotFoundError as error:  # torchvision's error for a folder without images
         raise UserError(f"--data {root}: {str(error).splitlines()[0]}") from None
-    sets = [Images([path for path, _ in split.samples], split.targets, split.classes)
-            for split in found]
+    sets = []
+    for folder in folders:
+        paths = [path for path, _ in folder.samples]
+        sets.append(Images(paths, folder.targets, folder.classes))
     if not labelled:
         return Data(*sets, None, f"{root} has no train/ and test/ (or val/) with a folder for each "
                     "class (layout: data/README.md; or, with class folders, --held-out)")
-    odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))
-    require(not odd, f"--data {root}: train/ and {test.name}/ must have the same classes; only one "
-            f"of them has {', '.join(odd[:5])}", UserError)
+    unpaired = sorted(set(sets[0].classes) ^ set(sets[1].classes))
+    require(not unpaired, f"--data {root}: train/ and {test.name}/ must have the same classes; "
+            f"only one of them has {', '.join(unpaired[:5])}", UserError)
     return Data(*sets)
 
 
@@ -203,20 +210,23 @@ def load_flowers17(root, download):
     80 per class in this order; every fifth image of a class is a test image, 16 of 80."""
     numbers, folder = range(1, 17 * 80 + 1), Path(root, "flowers17", "jpg")
     splits = [n for n in numbers if n % 5], [n for n in numbers if n % 5 == 0]
-    return [Images([folder / f"image_{n:04d}.jpg" for n in split], [(n - 1) // 80 for n in split],
-                   [f"class {label}" for label in range(1, 18)]) for split in splits]
+    classes, sets = [f"class {label}" for label in range(1, 18)], []
+    for split in splits:
+        paths = [folder / f"image_{n:04d}.jpg" for n in split]
+        sets.append(Images(paths, [(n - 1) // 80 for n in split], classes))
+    return sets
 
 
 def load_aircraft(root, download):
     """100 variants, the official trainval and test; the banner below each image stays."""
-    found = [FGVCAircraft(root, split, download=download) for split in ("trainval", "test")]
-    return [Images(split._image_files, split._labels, split.classes) for split in found]
+    splits = [FGVCAircraft(root, split, download=download) for split in ("trainval", "test")]
+    return [Images(split._image_files, split._labels, split.classes) for split in splits]
 
 
 def load_cars(root, download):
     require(not download, "--download: the source of Stanford Cars is gone; copy the files")
-    found = [StanfordCars(root, split) for split in ("train", "test")]
-    return [Images(*zip(*split._samples), split.classes) for split in found]
+    splits = [StanfordCars(root, split) for split in ("train", "test")]
+    return [Images(*zip(*split._samples), split.classes) for split in splits]
 
 
 def load_caltech101(root, download):
@@ -225,14 +235,19 @@ def load_caltech101(root, download):
     torchvision lists the images; to open them its own class needs scipy."""
     if not download and not (Path(root) / "caltech101").is_dir():  # torchvision would make it
         raise FileNotFoundError("no such folder")
-    found = Caltech101(root, download=download)
-    paths = [Path(found.root, "101_ObjectCategories", found.categories[y], f"image_{i:04d}.jpg")
-             for y, i in zip(found.y, found.index)]
-    shuffled = shuffled_by_class(found.y)
-    chosen = sorted(i for own in shuffled for i in own[:CALTECH_TRAIN])
-    others = sorted(i for own in shuffled for i in own[CALTECH_TRAIN:])
-    return [Images([paths[i] for i in split], [found.y[i] for i in split], found.categories)
-            for split in (chosen, others)]
+    listed = Caltech101(root, download=download)
+    folder, paths = Path(listed.root, "101_ObjectCategories"), []
+    for label, number in zip(listed.y, listed.index):
+        paths.append(folder / listed.categories[label] / f"image_{number:04d}.jpg")
+    train, test = [], []
+    for of_class in shuffled_by_class(listed.y):
+        train += of_class[:CALTECH_TRAIN]
+        test += of_class[CALTECH_TRAIN:]
+    sets = []
+    for split in (sorted(train), sorted(test)):
+        labels = [listed.y[i] for i in split]
+        sets.append(Images([paths[i] for i in split], labels, listed.categories))
+    return sets
 
 
 class CUB(Images):
@@ -256,15 +271,16 @@ class CUB(Images):
         super().__init__([folder / "images" / names[i] for i in ids],
                          [int(labels[i]) - 1 for i in ids], list(read("classes").values()))
         self.boxes = [[float(number) for number in boxes[i].split()] for i in ids]
-        drawn = [place / "segmentations" for place in (Path(root), folder)]
-        drawn = next((place for place in drawn if place.is_dir()), None)
-        self.drawn = drawn and [(drawn / names[i]).with_suffix(".png") for i in ids]
+        self.segmentations = []
+        for place in (Path(root) / "segmentations", folder / "segmentations"):
+            if place.is_dir() and not self.segmentations:
+                self.segmentations = [(place / names[i]).with_suffix(".png") for i in ids]
 
     def regions(self, index):
         """Region map as of the drawn birds, in the size of the image: BIRD or GROUND."""
-        if self.drawn:  # grey levels: the fraction of the five annotators who said bird
-            said = Image.open(self.drawn[index]).convert("L")
-            return said.point([GROUND] * 128 + [BIRD] * 128)
+        if self.segmentations:  # grey levels: the fraction of the five annotators who said bird
+            votes = Image.open(self.segmentations[index]).convert("L")
+            return votes.point(lambda level: BIRD if level > 127 else GROUND)
         regions = Image.new("L", self[index][0].size, GROUND)
         x, y, width, height = self.boxes[index]  # in pixels, from the upper left corner
         ImageDraw.Draw(regions).rectangle((x, y, x + width - 1, y + height - 1), BIRD)
@@ -326,13 +342,13 @@ def shuffled_by_class(targets, seed=0):
 
 def hold_out(dataset):
     """Return (training part, held-out part): every class's fifth, of two to four images one."""
-    parts = [], []
-    for own in shuffled_by_class(dataset.targets):
-        count = max(len(own) // 5, int(len(own) > 1))
-        parts[0].extend(own[count:])
-        parts[1].extend(own[:count])
-    require(parts[1], "--held-out needs a class with two training images", UserError)
-    subsets = [Subset(dataset, sorted(part)) for part in parts]
+    kept, held_out = [], []
+    for of_class in shuffled_by_class(dataset.targets):
+        count = max(len(of_class) // 5, int(len(of_class) > 1))
+        kept += of_class[count:]
+        held_out += of_class[:count]
+    require(held_out, "--held-out needs a class with two training images", UserError)
+    subsets = [Subset(dataset, sorted(fold)) for fold in (kept, held_out)]
     for subset in subsets:
         subset.targets = [dataset.targets[i] for i in subset.indices]
     return subsets

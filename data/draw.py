@@ -15,7 +15,7 @@ HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37
 BLUE, ORANGE, GREY, GREEN, PINK = ((0, 114, 178), (230, 159, 0), (150, 150, 150), (0, 158, 115),
                                    (204, 121, 167))
 COLOURS = {"global loss": BLUE, "local loss": ORANGE, "raw pixels": GREY, "untrained": ORANGE,
-           "initial": ORANGE, "trained": BLUE, "lodisc": BLUE, "global": ORANGE}
+           "initial": ORANGE, "trained": BLUE}
 PART_COLOURS = GREY, BLUE, ORANGE, GREEN, PINK  # the first is the ground's
 WIDTH, HEIGHT, FRAME = 1200, 340, 133  # of a run's picture, its upper half, a tile's step
 
@@ -60,7 +60,8 @@ def sheet(rows, names=(), tile=TILE):
     patches, bool masks, or int64 parts, whose names are in the legend."""
     step, columns = tile + GAP, max(len(images) for images, _ in rows.values())
     height = step * len(rows) + GAP
-    page = Image.new("RGB", (MARGIN + step * columns, height + 24 * bool(names)), "white")
+    legend_height = 24 if names else 0
+    page = Image.new("RGB", (MARGIN + step * columns, height + legend_height), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
     legend(pen, (MARGIN - 12, height + 28), dict(zip(names, PART_COLOURS)), font)
     for y, (name, (images, values)) in enumerate(rows.items()):
@@ -78,18 +79,21 @@ def mask_sheet(images, importance, masks):
     """Return rows of images, their importance (n, N) and, unless None, their masks (n, N)."""
     rows = {"image": (images, None), "importance,\nhigh: yellow": (images, importance)}
     if masks is not None:
-        counts = masks.sum(1)
-        kept = f"{counts.min()}" + f" to {counts.max()}" * bool(counts.min() < counts.max())
+        least, most = int(masks.sum(1).min()), int(masks.sum(1).max())
+        kept = f"{least} to {most}" if least < most else f"{least}"
         rows[f"kept, {kept}\nof {masks.shape[1]}"] = images, masks
     return sheet(rows)
 
 
 def colours_of(names):
-    """Return {name: colour}: known names have their own, others take what remains."""
-    spare = [colour for colour in (BLUE, ORANGE, GREEN, PINK, GREY)
-             if colour not in [COLOURS.get(name) for name in names]]
-    return {name: COLOURS.get(name) or spare[i % len(spare)] for i, name in enumerate(
-        sorted(names, key=lambda name: name in COLOURS))}
+    """Return {name: colour}: names in COLOURS have theirs, the rest take what remains."""
+    colours = {name: COLOURS[name] for name in names if name in COLOURS}
+    taken = list(colours.values())
+    spare = [colour for colour in (BLUE, ORANGE, GREEN, PINK, GREY) if colour not in taken]
+    unnamed = [name for name in names if name not in COLOURS]
+    for i, name in enumerate(unnamed):
+        colours[name] = spare[i % len(spare)]
+    return colours
 
 
 def legend(pen, box, colours, font):
@@ -161,10 +165,10 @@ def run_sheet(history, levels, metrics, images, film):
     metrics  {"raw pixels", "untrained" or "initial", "trained": {metric: value}}, or none of them
     images   n PIL images of one size; film: [(epoch, masks (n, N))], up to eight of them drawn
     """
-    names = [name for name in history[0] if name.endswith("loss")
-             and any(row[name] for row in history)] or ["total"]
-    losses = {name.replace("_", " "): [(row["epoch"], row[name]) for row in history]
-              for name in names}
+    names = [name for name in history[0] if name.endswith("loss")] or ["total"]
+    losses = {}
+    for name in names:
+        losses[name.replace("_", " ")] = [(row["epoch"], row[name]) for row in history]
     levels = {name: level for name, level in levels.items() if name in names}
     last = min(SHOWN, len(film)) - 1
     film = [film[round(i * (len(film) - 1) / max(1, last))] for i in range(last + 1)]

@@ -1,9 +1,12 @@
 """Shared fixtures: a fixed seed, hypothesis without deadlines, small data sets."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses too; the tensors are tiny
+for room in ("baselines", "experiments", "assignment"):  # scripts, imported by their tests
+    sys.path.append(str(Path(__file__).parent / room))
 
 import pytest
 import torch

@@ -9,14 +9,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import baselines
 import eval as evaluation
+import particle
 import train
-from baselines import (CVSA, PARTICLE, alignment_loss, cluster, part_means, swap_background)
-from lodisc import (IMPORTANCES, LoDisc, UserError, VisionTransformer, contrastive_loss, create_vit,
-                    location_mask)
+from cvsa import CVSA, alignment_loss, swap_background
+from data.augment import Preprocessing
+from lodisc import (LoDisc, UserError, VisionTransformer, attention_product, contrastive_loss,
+                    create_vit, location_mask)
+from particle import PARTICLE, cluster, cluster_means
 
-FILE = Path(__file__).with_name("baselines.py")
+FOLDER = Path(__file__).parent / "baselines"
+FILES = {CVSA: "cvsa.py", PARTICLE: "particle.py"}
 SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--batch-size", "12",
          "--device", "cpu"]
 CLASSES = pytest.mark.parametrize("cls", [CVSA, PARTICLE])
@@ -44,20 +47,17 @@ def test_swap_background_matches_loop():
 
 def test_alignment_loss_attracts_attention_to_pasted_patches():
     masks = torch.tensor([[True, False, False, True], [False, True, False, False]])
-    row = torch.zeros(2, 3, 5)
-    row[:, :, 0] = 0.5  # the class token's own weight does not count
-    row[:, :, 1:] = 0.5 * masks[:, None] / masks.sum(1)[:, None, None]
+    row = 0.5 * masks / masks.sum(1, keepdim=True)  # the rest is the class token's own
     assert alignment_loss(row, masks).item() == pytest.approx(0, abs=1e-6)
-    even = torch.full((2, 3, 5), 0.2)
+    even = torch.full((2, 4), 0.2)
     level = (torch.tensor(2.0).log() + torch.tensor(4.0).log()) / 2  # 2 and 1 of 4 patches
     assert alignment_loss(even, masks).item() == pytest.approx(level.item(), rel=1e-5)
-    outside = row * 0
-    outside[:, :, 1:] = ~masks[:, None]
+    outside = (~masks).float()
     assert alignment_loss(outside, masks).item() == pytest.approx(-torch.tensor(1e-6).log().item())
-    logits = torch.randn(2, 3, 5, requires_grad=True)
-    alignment_loss(logits.softmax(-1), masks).backward()
-    inside = masks[:, None].expand(2, 3, 4)
-    assert (logits.grad[:, :, 1:][inside] < 0).all() and (logits.grad[:, :, 1:][~inside] > 0).all()
+    logits = torch.randn(2, 5, requires_grad=True)
+    alignment_loss(logits.softmax(-1)[:, 1:], masks).backward()
+    gradient = logits.grad[:, 1:]
+    assert (gradient[masks] < 0).all() and (gradient[~masks] > 0).all()
 
 
 def test_cvsa_matches_its_equations(monkeypatch):
@@ -66,13 +66,14 @@ def test_cvsa_matches_its_equations(monkeypatch):
     masks, keys, queries, aligned = [], [], [], []
     with torch.no_grad():
         for view in (view1, view2):
-            features, attentions = model.momentum_encoder(view, attention="row")
+            features, attentions = model.momentum_encoder.with_attention(view, "row")
             keys.append(model.momentum_projector(features))
-            masks.append(location_mask(IMPORTANCES["product"][0](attentions), 0.3))
+            masks.append(location_mask(attention_product(attentions), 0.3))
     for view, mask in zip((view1, view2), masks):
-        features, attentions = model.encoder(swap_background(view, mask, 8), attention="full")
+        swapped = swap_background(view, mask, 8)
+        features, matrices = model.encoder.with_attention(swapped, "matrix")
         queries.append(model.predictor(model.projector(features)))
-        patches = attentions[-1].mean(1)[:, 0, 1:]
+        patches = matrices[-1][:, 0, 1:]
         fraction = (patches / patches.sum(1, keepdim=True) * mask).sum(1)
         aligned.append(-fraction.log().mean())
     contrast = (contrastive_loss(queries[0], keys[1], 0.2)
@@ -84,12 +85,22 @@ def test_cvsa_matches_its_equations(monkeypatch):
     assert all(map(torch.equal, output.masks, masks))
 
 
+def record_passes(monkeypatch, model):
+    """Return {encoder: images of its passes}, filled as the model runs."""
+    seen, real = {"encoder": [], "momentum_encoder": []}, VisionTransformer.encode
+
+    def encode(self, images, *args, **options):
+        name = "encoder" if self is model.encoder else "momentum_encoder"
+        seen[name].append(images)
+        return real(self, images, *args, **options)
+
+    monkeypatch.setattr(VisionTransformer, "encode", encode)
+    return seen
+
+
 def test_cvsa_keys_are_of_unswapped_views(monkeypatch):
     model, views = small(CVSA)
-    seen = {"encoder": [], "momentum_encoder": []}
-    for name, calls in seen.items():
-        getattr(model, name).register_forward_pre_hook(lambda _, args, calls=calls:
-                                                       calls.append(args[0]))
+    seen = record_passes(monkeypatch, model)
     model(*views)
     assert [torch.equal(*pair) for pair in zip(seen["momentum_encoder"], views)] == [True, True]
     assert len(seen["encoder"]) == 2
@@ -99,14 +110,16 @@ def test_cvsa_keys_are_of_unswapped_views(monkeypatch):
 def test_swapped_views_preserve_kept_patches_only(tmp_path, few_birds):
     """Save eight birds above their swapped views, for visual inspection."""
     data = train.load_data()
-    views = train.augment.TwoViews(data.train, 48, (0.5,) * 3, (0.5,) * 3, 0)
+    preprocessing = Preprocessing(48, (0.5,) * 3, (0.5,) * 3)
+    views = train.augment.TwoViews(data.train, preprocessing, seed=0)
     images = torch.stack([views[0, i][0] for i in range(8)])
     model = CVSA(create_vit("vit_nano", 48, 8), hidden_dim=8, output_dim=8)
-    swapped = swap_background(images, model.masks(images), 8)
+    masks = model.pivotal_patches(images)
+    swapped = swap_background(images, masks, 8)
     rows = [torch.cat(list(batch), dim=2) for batch in (images, swapped)]
     pixels = ((torch.cat(rows, dim=1) * 0.5 + 0.5).clamp(0, 1) * 255).byte().permute(1, 2, 0)
     Image.fromarray(pixels.numpy()).resize((8 * 144, 2 * 144), 0).save(tmp_path / "swapped.png")
-    kept = model.masks(images).float().mean().item()
+    kept = masks.float().mean().item()
     same_pixels = (images == swapped).all(1).float().mean().item()
     assert kept <= same_pixels < kept + 0.05
 
@@ -114,21 +127,21 @@ def test_swapped_views_preserve_kept_patches_only(tmp_path, few_birds):
 # --- PARTICLE ---------------------------------------------------------------------------------
 
 
-def cluster_by_loops(points, first, parts, iterations=5):
+def cluster_by_loops(points, first, clusters, iterations=5):
     points = F.normalize(points, dim=1)
     centres = [points[first]]
-    while len(centres) < parts:
+    while len(centres) < clusters:
         nearest = [max(float(point @ centre) for centre in centres) for point in points]
         centres.append(points[min(range(len(points)), key=nearest.__getitem__)])
 
     def assign():
-        return [max(range(parts), key=lambda k, point=point: float(point @ centres[k]))
+        return [max(range(clusters), key=lambda k, point=point: float(point @ centres[k]))
                 for point in points]
 
     for _ in range(iterations):
         assignment = assign()
-        for k in range(parts):
-            members = [point for point, own in zip(points, assignment) if own == k]
+        for k in range(clusters):
+            members = [point for point, index in zip(points, assignment) if index == k]
             if members:
                 centres[k] = F.normalize(torch.stack(members).sum(0), dim=0)
     return assign()
@@ -139,39 +152,38 @@ def test_cluster_matches_loops(seed):
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(4, 18, 6, generator=generator, dtype=torch.float64)
     first = torch.randint(18, (4,), generator=generator)
-    found = cluster(points, first, 5)
-    assert found.tolist() == [cluster_by_loops(one, int(start), 5)
+    assert cluster(points, first, 5).tolist() == [cluster_by_loops(one, int(start), 5)
                               for one, start in zip(points, first)]
 
 
-def separated(parts=4, members=6, dim=8):
-    centres = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))[0][:parts]
-    points = centres.repeat_interleave(members, 0) + 0.1 * torch.randn(parts * members, dim,
-                                                                       dtype=torch.float64)
-    return points[None], torch.arange(parts).repeat_interleave(members)
+def separated(clusters=4, members=6, dim=8):
+    centres = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))[0][:clusters]
+    noise = torch.randn(clusters * members, dim, dtype=torch.float64)
+    points = centres.repeat_interleave(members, 0) + 0.1 * noise
+    return points[None], torch.arange(clusters).repeat_interleave(members)
 
 
 def partition(assignment):
-    """Return whether each pair of points is in one part, whatever the parts' indices."""
+    """Return whether each pair of points is in one cluster, whatever its index."""
     return assignment[:, None] == assignment[None]
 
 
 def test_cluster_is_invariant_to_order_and_rotation():
     points, truth = separated()
-    found = cluster(points, torch.tensor([0]), 4)[0]
-    assert torch.equal(partition(found), partition(truth))
+    assignment = cluster(points, torch.tensor([0]), 4)[0]
+    assert torch.equal(partition(assignment), partition(truth))
     order = torch.randperm(24)
     start = (order == 0).nonzero()[0]
-    assert torch.equal(cluster(points[:, order], start, 4)[0], found[order])
+    assert torch.equal(cluster(points[:, order], start, 4)[0], assignment[order])
     rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
-    assert torch.equal(cluster(points @ rotation, torch.tensor([0]), 4)[0], found)
+    assert torch.equal(cluster(points @ rotation, torch.tensor([0]), 4)[0], assignment)
 
 
 def test_empty_clusters_stay_empty():
     points = F.one_hot(torch.tensor([0, 0, 1, 1, 0]), 4).float()[None]  # two distinct points
-    found = cluster(points, torch.tensor([0]), 5)
-    assert found.unique().tolist() == [0, 1]
-    means, present = part_means(points, found, 5)
+    assignment = cluster(points, torch.tensor([0]), 5)
+    assert assignment.unique().tolist() == [0, 1]
+    means, present = cluster_means(points, assignment, 5)
     assert present.tolist() == [[True, True, False, False, False]] and means.isfinite().all()
 
 
@@ -179,10 +191,10 @@ def test_clusters_and_means_are_float32_under_autocast():
     points = torch.randn(8, 300, 16)
     first = torch.zeros(8, dtype=torch.long)
     expected = cluster(points, first, 5)
-    means, _ = part_means(points, expected, 5)
+    means, _ = cluster_means(points, expected, 5)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(cluster(points, first, 5), expected)
-        again, _ = part_means(points, expected, 5)
+        again, _ = cluster_means(points, expected, 5)
     assert again.dtype == torch.float32 and torch.equal(again, means)
 
 
@@ -192,37 +204,34 @@ def test_cluster_breaks_ties_by_lowest_index():
 
 
 def by_loops(model, view1, view2):
-    """Compute PARTICLE's loss and fraction of shared parts by loops over images and parts."""
+    """Compute PARTICLE's loss and fraction of shared clusters by loops over images and clusters."""
     with torch.no_grad():
-        targets, importances = [], []
-        for view in (view1, view2):
-            tokens, attentions = model.momentum_encoder.tokens(view, attention="row")
-            targets.append(tokens[:, 1:])
-            importances.append(IMPORTANCES["product"][0](attentions))
-    online = [model.encoder.tokens(view)[0][:, 1:] for view in (view1, view2)]
+        targets = [model.momentum_encoder.tokens(view)[1] for view in (view1, view2)]
+        importance = attention_product(model.momentum_encoder.with_attention(view1, "row")[1])
+    online = [model.encoder.tokens(view)[1] for view in (view1, view2)]
     rows, patches = [[], [], [], []], online[0].shape[1]
     for i in range(len(view1)):
         points = torch.cat([targets[0][i], targets[1][i]])
-        assignment = torch.tensor(cluster_by_loops(points, int(importances[0][i].argmax()),
-                                                   model.parts))
-        own = assignment[:patches], assignment[patches:]
-        for part in range(model.parts):
-            if all((one == part).any() for one in own):
-                for row, tokens, one in zip(rows, (*online, *targets), (*own, *own)):
-                    row.append(tokens[i][one == part].mean(0))
+        first = int(importance[i].argmax())
+        assignment = torch.tensor(cluster_by_loops(points, first, model.clusters))
+        of_views = assignment[:patches], assignment[patches:]
+        for k in range(model.clusters):
+            if all((of_view == k).any() for of_view in of_views):
+                for row, tokens, of_view in zip(rows, (*online, *targets), (*of_views, *of_views)):
+                    row.append(tokens[i][of_view == k].mean(0))
     q1, q2, k1, k2 = map(torch.stack, rows)
     with torch.no_grad():
         k2, k1 = model.momentum_projector(k2), model.momentum_projector(k1)
     q1, q2 = (model.predictor(model.projector(q)) for q in (q1, q2))
     loss = contrastive_loss(q1, k2, 0.2) + contrastive_loss(q2, k1, 0.2)
-    return loss, len(q1) / (len(view1) * model.parts)
+    return loss, len(q1) / (len(view1) * model.clusters)
 
 
 def test_particle_matches_loops():
     model, views = small(PARTICLE)
     output = model(*views)
     loss, shared = by_loops(model, *views)
-    assert 0 < shared < 1  # some part is in one view only
+    assert 0 < shared < 1  # some cluster is in one view only
     assert torch.allclose(output.part_loss, loss, atol=1e-5) and output.total is output.part_loss
     assert output.shared_parts.item() == pytest.approx(shared)
     assert not output.shared_parts.requires_grad and output.masks is None
@@ -234,16 +243,16 @@ def gradients(model, output):
     return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
-def test_parts_in_one_view_only_are_ignored(monkeypatch):
+def test_clusters_in_one_view_only_are_ignored(monkeypatch):
     model, views = small(PARTICLE)
     clean = model(*views)
-    expected, real = gradients(model, clean), baselines.part_means
+    expected = gradients(model, clean)
 
-    def with_nan(tokens, assignment, parts):
-        means, present = real(tokens, assignment, parts)
+    def with_nan(tokens, assignment, clusters):
+        means, present = cluster_means(tokens, assignment, clusters)
         return means.masked_fill(~present[:, :, None], torch.nan), present
 
-    monkeypatch.setattr(baselines, "part_means", with_nan)
+    monkeypatch.setattr(particle, "cluster_means", with_nan)
     output = model(*views)
     assert torch.equal(output.total, clean.total) and output.shared_parts < 1
     assert all(map(torch.equal, gradients(model, output), expected))
@@ -251,73 +260,70 @@ def test_parts_in_one_view_only_are_ignored(monkeypatch):
 
 def test_no_gradient_through_assignments_and_keys():
     model, views = small(PARTICLE)
-    found = gradients(model, model(*views))
-    assert all(gradient.isfinite().all() for gradient in found)
+    computed = gradients(model, model(*views))
+    assert all(gradient.isfinite().all() for gradient in computed)
     assert all(p.grad is None for module in (model.momentum_encoder, model.momentum_projector)
                for p in module.parameters())
     # the loss with the same assignments and keys as constants has the same gradient
     loss, _ = by_loops(model, *views)
     model.zero_grad()
     loss.backward()
-    others = [p.grad for p in model.parameters() if p.requires_grad]
-    assert max(g.abs().max() for g in others) > 1e-3
-    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(found, others))
+    expected = [p.grad for p in model.parameters() if p.requires_grad]
+    assert max(g.abs().max() for g in expected) > 1e-3
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(computed, expected))
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-def test_fewer_than_two_shared_parts_give_zero_loss_with_graph(monkeypatch, rows):
+def test_fewer_than_two_shared_clusters_give_zero_loss_with_graph(monkeypatch, rows):
     model, views = small(PARTICLE)
 
-    def only(tokens, assignment, parts):
-        means, present = part_means(tokens, assignment, parts)
+    def only(tokens, assignment, clusters):
+        means, present = cluster_means(tokens, assignment, clusters)
         keep = torch.zeros_like(present)
         keep.view(-1)[:rows] = True
         return means, keep
 
-    monkeypatch.setattr(baselines, "part_means", only)
+    monkeypatch.setattr(particle, "cluster_means", only)
     output = model(*views)
     assert output.total.item() == 0
-    found = gradients(model, output)  # one for every parameter, as DDP needs
-    assert all((gradient == 0).all() for gradient in found)
+    # one for every parameter, as DDP needs
+    assert all((gradient == 0).all() for gradient in gradients(model, output))
 
 
-def test_masks_are_the_most_important_part():
-    model, (images, _) = small(PARTICLE, parts=3)
+def test_pivotal_patches_are_the_most_important_cluster():
+    model, (images, _) = small(PARTICLE, clusters=3)
     model.eval()
-    masks = model.masks(images)
-    tokens, attentions = model.momentum_encoder.tokens(images, attention="row")
-    importance = IMPORTANCES["product"][0](attentions)
+    masks = model.pivotal_patches(images)
+    _, tokens = model.momentum_encoder.tokens(images)
+    importance = attention_product(model.momentum_encoder.with_attention(images, "row")[1])
     for i in range(6):
-        assignment = torch.tensor(cluster_by_loops(tokens[i, 1:].detach(),
-                                                   int(importance[i].argmax()), 3))
-        means = [importance[i][assignment == part].mean().item() if (assignment == part).any()
-                 else -float("inf") for part in range(3)]
-        assert torch.equal(masks[i], assignment == means.index(max(means)))
+        first = int(importance[i].argmax())
+        assignment = torch.tensor(cluster_by_loops(tokens[i].detach(), first, 3))
+        means = {k: importance[i][assignment == k].mean().item() for k in assignment.tolist()}
+        assert torch.equal(masks[i], assignment == max(means, key=means.get))
 
 
-def test_absent_part_is_never_most_important(monkeypatch):
-    """Use two distinct tokens for three parts; an absent part has mean 0, above log importance."""
-    model, (images, _) = small(PARTICLE, parts=3)
+def test_absent_cluster_is_never_most_important(monkeypatch):
+    """Use two tokens for three clusters; an absent one has mean 0, above log importance."""
+    model, (images, _) = small(PARTICLE, clusters=3)
     tokens = F.one_hot(torch.tensor([0, 1] * 8), 4).float().expand(6, 16, 4)
     importance = torch.where(tokens[..., 1] > 0, -2.0, -3.0)
     monkeypatch.setattr(model, "momentum_tokens", lambda images: (tokens, importance))
-    assert torch.equal(model.masks(images), tokens[..., 1] > 0)
+    assert torch.equal(model.pivotal_patches(images), tokens[..., 1] > 0)
 
 
-def test_invalid_number_of_parts_raises():
-    for parts in (1, 17):
+def test_invalid_number_of_clusters_raises():
+    for clusters in (1, 17):
         with pytest.raises(UserError, match=r"in \[2, 16\]"):
-            small(PARTICLE, parts=parts)
+            small(PARTICLE, clusters=clusters)
 
 
 @pytest.mark.parametrize("cls, loss", [(CVSA, "contrast_loss"), (PARTICLE, "part_loss")])
 def test_passes_and_chance_levels(cls, loss, monkeypatch):
     model, views = small(cls)
-    passes, real = [], VisionTransformer.tokens
-    monkeypatch.setattr(VisionTransformer, "tokens", lambda self, *args, **options: (
-        passes.append(self is model.encoder), real(self, *args, **options))[1])
+    passes = record_passes(monkeypatch, model)
     model(*views)
-    assert sorted(passes) == [False, False, True, True]
+    assert [len(images) for images in passes.values()] == [2, 2]
     with torch.no_grad():  # the loss of equal features
         for head in (model.predictor, model.momentum_projector):
             head[-1] = torch.nn.Identity()
@@ -328,7 +334,7 @@ def test_passes_and_chance_levels(cls, loss, monkeypatch):
     assert levels[loss] == pytest.approx(2 * 2 * 0.2 * torch.tensor(
         30.0 if cls is PARTICLE else 6.0).log().item())
     assert cls is PARTICLE or levels["alignment_loss"] == pytest.approx(
-        alignment_loss(torch.full((2, 3, 17), 1 / 17), output.masks[0][:2]).item())
+        alignment_loss(torch.full((2, 16), 1 / 17), output.masks[0][:2]).item())
 
 
 # --- as methods -------------------------------------------------------------------------------
@@ -338,15 +344,16 @@ def test_passes_and_chance_levels(cls, loss, monkeypatch):
 @pytest.mark.usefixtures("elsewhere")
 def test_trains_logs_draws_and_evaluates(cls, flowers, capsys, quick_probe):
     options = ["--data", str(flowers), *SMALL, "--workers", "0", "--epochs", "2", "--method",
-               f"{FILE}:{cls.__name__}", "--amp", "bf16"]
-    own = {CVSA: ["contrast_loss", "alignment_loss"], PARTICLE: ["part_loss", "shared_parts"]}[cls]
+               f"{FOLDER / FILES[cls]}:{cls.__name__}", "--amp", "bf16"]
+    scalars = {CVSA: ["contrast_loss", "alignment_loss"],
+               PARTICLE: ["part_loss", "shared_parts"]}[cls]
     if cls is PARTICLE:  # 4 patches
-        options += ["--method-option", "parts=3"]
+        options += ["--method-option", "clusters=3"]
     train.main([*options, "--out", "run"])
-    assert all(name in capsys.readouterr().out.split("epoch 1/2")[1].split() for name in own[:1])
+    assert scalars[0] in capsys.readouterr().out.split("epoch 1/2")[1].split()
     with open("run/metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0])[2:3 + len(own)] == ["total", *own]
+    assert list(rows[0])[2:3 + len(scalars)] == ["total", *scalars]
     film = torch.load("run/checkpoint.pt", weights_only=True)["film"]
     assert [epoch for epoch, _ in film] == [0, 1, 2] and film[0][1].shape == (8, 4)
     assert Path("run/run.png").is_file()

@@ -9,23 +9,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 import train
-from lodisc import METHODS, LoDisc, UserError, VisionTransformer, create_vit
+from lodisc import METHODS, LoDisc, MoCoV3, UserError, VisionTransformer, create_vit
 
 
-@pytest.mark.parametrize("method, mask, importance, tokens", [
-    ("lodisc", "location", "product", True), ("lodisc", "least", "rollout", False),
-    ("lodisc", "random", "product", True), ("local", "location", "last", False),
-    ("local", "block", "product", True), ("global", "location", "product", False)])
-def test_step_flops_match_torch(method, mask, importance, tokens):
-    encoder = VisionTransformer(32, 8, 32, 2, 2, train_projection=tokens)
-    model = LoDisc(encoder, method, mask, importance, "tokens" if tokens else "pixels",
-                   hidden_dim=64, output_dim=32)
+@pytest.mark.parametrize("options", [
+    dict(local_input="tokens"), dict(mask="least", importance="rollout"), dict(importance="last"),
+    dict(mask="random", local_input="tokens"), dict(global_weight=0.0), None])
+@pytest.mark.parametrize("train_projection", [True, False])
+def test_step_flops_match_torch(options, train_projection):
+    encoder = VisionTransformer(32, 8, 32, 2, 2, train_projection=train_projection)
+    if options is None:
+        model = MoCoV3(encoder, hidden_dim=64, output_dim=32)
+    else:
+        model = LoDisc(encoder, hidden_dim=64, output_dim=32, **options)
     views = torch.randn(2, 6, 3, 32, 32)
     # the fused kernel's backward recomputes the weights, so count the unfused one
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*views).total.backward()
     counted = counter.get_total_flops()
-    if model.stored == "mean":
+    if model.importance == "rollout":
         counted -= 2 * 2 * 2 * 6 * 17 * 17  # rollout: a row times the two layers' matrices
     assert benchmark.step_flops(model, 6) == counted
 
@@ -33,8 +35,8 @@ def test_step_flops_match_torch(method, mask, importance, tokens):
 def test_full_attention_flops_match_torch():
     encoder = create_vit("vit_nano", 32, 8)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        encoder(torch.randn(6, 3, 32, 32), attention="full")
-    assert 6 * sum(benchmark.encoder_flops(encoder, attention="full")) == counter.get_total_flops()
+        encoder.with_attention(torch.randn(6, 3, 32, 32), "matrix")
+    assert 6 * sum(benchmark.encoder_flops(encoder, kind="matrix")) == counter.get_total_flops()
 
 
 def test_flops_match_published_vit_base():
@@ -52,37 +54,42 @@ SMALL = ["--device", "cpu", "--image-size", "24", "--patch-size", "8", "--batch-
 def trainer(options=()):
     _, given, defaults = benchmark.parse_args([*SMALL, *options])
     settings, device = {**defaults, **given}, torch.device("cpu")
-    train.fill_defaults(settings, device, 8)
+    settings = train.fill_defaults(settings, device, 8)
     return benchmark.Trainer(settings, device, train.pick_precision("off", device, 96))
 
 
 def test_step_calls_train_step(monkeypatch):
     calls = []
     monkeypatch.setattr(train, "train_step", lambda *args: calls.append(args))
-    own = trainer()
-    own.step()
+    benched = trainer()
+    benched.step()
     (model, parallel, optimizer, scaler, precision, views, _, progress, m), = calls
-    assert model is parallel is own.model and optimizer is own.optimizer and precision is None
+    assert model is parallel is benched.model and optimizer is benched.optimizer
+    assert precision is None
     assert isinstance(scaler, torch.amp.GradScaler) and not scaler.is_enabled()
     assert [view.shape for view in views] == [(8, 3, 24, 24)] * 2
-    assert 0 <= progress <= 1 and 0 <= m <= 1 and own.model.encoder._compiled_call_impl is None
-    compiled = trainer(["--compile"]).model  # lazily, at the first call
-    assert compiled.encoder._compiled_call_impl and compiled.momentum_encoder._compiled_call_impl
+    assert 0 <= progress <= 1 and 0 <= m <= 1
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_split_times_every_part_of_a_step(method, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--compile"]])
+def test_both_encoders_are_compiled_on_request(monkeypatch, options):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    model = trainer(options).model
+    expected = [model.encoder, model.momentum_encoder] if options else []
+    assert [function.__self__ for function in compiled] == expected
+
+
+def test_split_times_every_part_of_a_step(monkeypatch):
     """Check that every part is timed once, or once per view, and that all wrappers are removed."""
-    own, real, calls = trainer(["--method", method]), benchmark.timed, []
+    benched, real, calls = trainer(), benchmark.timed, []
     monkeypatch.setattr(benchmark, "timed", lambda *args: calls.append(1) or real(*args))
-    before, backward = dict(vars(own.model)), torch.Tensor.backward
-    seconds = own.split()
-    branches = {"global": [], "local": ["mask", "local"], "lodisc": ["mask", "local"]}[method]
-    assert set(seconds) == {"online forward", "momentum", "loss", "backward", "optimiser", "EMA",
-                            *branches} and min(seconds.values()) > 0
-    contrasts = 4 if method == "lodisc" else 2
-    assert len(calls) == 2 * (2 + len(branches)) + contrasts + 3
-    assert vars(own.model) == before and torch.Tensor.backward is backward
+    before, backward = dict(vars(benched.model)), torch.Tensor.backward
+    seconds = benched.split()
+    expected = {"online forward", "momentum, mask", "local", "loss", "backward", "optimiser", "EMA"}
+    assert set(seconds) == expected and min(seconds.values()) > 0
+    assert len(calls) == 2 * 3 + 4 + 3
+    assert vars(benched.model) == before and torch.Tensor.backward is backward
 
 
 def test_input_rate_takes_epochs_in_order(monkeypatch):
@@ -106,11 +113,10 @@ def test_report(capsys):
     rows = {name: re.search(rf"^{name} +(\d) +(\d) +(\S+) +\S+ +(\S+)$", report, re.M).groups()
             for name in (*METHODS, "CVSA", "PARTICLE")}
     assert {name: row[:2] for name, row in rows.items()} == {
-        "lodisc": ("2", "4"), "global": ("2", "2"), "local": ("2", "4"), "CVSA": ("2", "2"),
-        "PARTICLE": ("2", "2")}
+        "lodisc": ("2", "4"), "mocov3": ("2", "2"), "CVSA": ("2", "2"), "PARTICLE": ("2", "2")}
     for name, (_, _, ms, ratio) in rows.items():
-        assert float(ratio) == pytest.approx(float(ms) / float(rows["global"][2]), rel=0.02)
-    for part in ("online forward", "momentum", "mask", "local", "loss", "backward", "optimiser",
+        assert float(ratio) == pytest.approx(float(ms) / float(rows["mocov3"][2]), rel=0.02)
+    for part in ("online forward", "momentum, mask", "local", "loss", "backward", "optimiser",
                  "EMA"):
         assert float(re.search(rf"^{part} +(\S+)$", report, re.M)[1]) > 0
     assert all(text in report for text in ("bottleneck", "GFLOP/s", "storing the attention (row)"))

@@ -11,12 +11,17 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from data import augment, birds
-from data.augment import Batches, Blur, Plain, TwoViews, mix_seed, plain_crop
+from data.augment import (Batches, Blur, Plain, Preprocessing, TwoViews, cropped_maps, mix_seed,
+                          plain_crop)
 from data.birds import BIRD, CLASSES, FAMILIES, GROUND, MARK, PART, SPECIES, Birds, draw
 from data.datasets import load_data
 from lodisc import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def two_views(dataset, size, seed, *crop_min):
+    return TwoViews(dataset, Preprocessing(size, MEAN, STD), seed, *crop_min)
 
 
 def digest(image):
@@ -28,8 +33,8 @@ def test_bird_depends_on_seed_split_and_index_only():
     draw.cache_clear()
     again, parts_again = draw(0, "test", 7)
     assert digest(image) == digest(again) and digest(parts) == digest(parts_again)
-    others = {digest(draw(*key)[0]) for key in ((0, "test", 27), (1, "test", 7), (0, "train", 7))}
-    assert len(others | {digest(image)}) == 4
+    keys = (0, "test", 7), (0, "test", 27), (1, "test", 7), (0, "train", 7)
+    assert len({digest(draw(*key)[0]) for key in keys}) == 4
 
 
 def test_birds_are_balanced_and_splits_disjoint():
@@ -90,7 +95,7 @@ def test_part_map_separates_ground_body_head_and_wing():
 
 def test_views_depend_on_seed_epoch_and_index_only():
     images = Birds("train", 10)
-    views = TwoViews(images, 32, MEAN, STD, seed=3)
+    views = two_views(images, 32, 3)
     one = views[2, 5]
     torch.rand(7)
     state = torch.get_rng_state()
@@ -98,8 +103,8 @@ def test_views_depend_on_seed_epoch_and_index_only():
     assert torch.equal(state, torch.get_rng_state())  # the global generator is not used
     assert all(torch.equal(a, b) for a, b in zip(one, again))
     assert one[0].shape == one[1].shape == (3, 32, 32) and not torch.equal(*one)
-    for other in (views[3, 5], views[2, 6], TwoViews(images, 32, MEAN, STD, seed=4)[2, 5]):
-        assert not torch.equal(one[0], other[0])
+    for different in (views[3, 5], views[2, 6], two_views(images, 32, 4)[2, 5]):
+        assert not torch.equal(one[0], different[0])
 
 
 class Noisy(Birds):
@@ -115,7 +120,7 @@ drawn = []
 
 
 def test_every_generator_is_seeded_for_each_image():
-    views = TwoViews(Noisy("train", 10), 32, MEAN, STD, seed=3)
+    views = two_views(Noisy("train", 10), 32, 3)
     drawn.clear()
     first = [views[0, i] for i in range(4)]
     values = list(drawn)
@@ -135,7 +140,7 @@ def test_every_generator_is_seeded_for_each_image():
 
 
 def test_augmentation_matches_byol():
-    views = TwoViews(Birds("train", 1), 224, MEAN, STD, seed=0)
+    views = two_views(Birds("train", 1), 224, 0)
     for view, blur, solarise in ((views.view1, 1.0, 0.0), (views.view2, 0.1, 0.2)):
         crop, jitter, grey, blurred, solarised, flip = view.transforms[:6]
         assert tuple(crop.scale) == (0.08, 1.0) and tuple(crop.size) == (224, 224)
@@ -148,7 +153,7 @@ def test_augmentation_matches_byol():
 
 
 def test_smallest_crop_reaches_both_views():
-    views = TwoViews(Birds("train", 1), 32, MEAN, STD, seed=0, crop_min=0.3)
+    views = two_views(Birds("train", 1), 32, 0, 0.3)
     for view in (views.view1, views.view2):
         assert tuple(view.transforms[0].scale) == (0.3, 1.0)
 
@@ -165,10 +170,12 @@ def test_blur_sigma_is_within_its_bounds():
 
 
 def epochs_of(batches, epochs):
-    found = []
-    for batches.epoch in epochs:
-        found.append(list(batches))
-    return found
+    """Return the batches of each of these epochs."""
+    orders = []
+    for epoch in epochs:
+        batches.epoch = epoch
+        orders.append(list(batches))
+    return orders
 
 
 def test_order_depends_on_seed_and_epoch():
@@ -184,15 +191,16 @@ def test_order_depends_on_seed_and_epoch():
 
 def test_seeds_of_different_purposes_differ():
     """SeedSequence pads with zeros, so that without a purpose (s, e) and (s, e, 0) coincide."""
-    seeds = [mix_seed(purpose, s, *rest) for s in range(4) for purpose, tails in (
-        (augment.ORDER, [(e,) for e in range(9)]),
-        (augment.AUGMENTATION, [(e, i) for e in range(9) for i in range(9)]),
-        (augment.MASKS, [(e, r) for e in range(9) for r in range(9)])) for rest in tails]
+    seeds, pairs = [], [(epoch, i) for epoch in range(9) for i in range(9)]
+    for seed in range(4):
+        seeds += [mix_seed(augment.ORDER, seed, epoch) for epoch in range(9)]
+        for purpose in (augment.AUGMENTATION, augment.MASK_NOISE):
+            seeds += [mix_seed(purpose, seed, *pair) for pair in pairs]
     assert len(set(seeds)) == len(seeds) == 4 * (9 + 81 + 81)
     generator = torch.Generator().manual_seed(mix_seed(augment.ORDER, 1, 0))
     assert [i for _, i in sum(Batches(20, 4, seed=1), [])] == \
         torch.randperm(20, generator=generator).tolist()
-    views = TwoViews(Birds("train", 3), 16, MEAN, STD, seed=5)
+    views = two_views(Birds("train", 3), 16, 5)
     torch.manual_seed(mix_seed(augment.AUGMENTATION, 5, 2, 1))
     assert torch.equal(views.view1(views.dataset[1][0]), views[2, 1][0])
 
@@ -211,10 +219,31 @@ def test_plain_crop_is_centred():
     assert crop.shape == (70, 70, 3)
     assert abs(crop[..., 0].mean() - 119.5) < 1 and abs(crop[..., 1].mean() - 79.5) < 1
     assert crop[0, 0, 1] == pytest.approx(10, abs=1.5)  # 1/16 of 160 is cut off each side
-    tensor, label = Plain([(Image.new("RGB", (50, 50), (255, 0, 0)), 4)], 16, MEAN, STD)[0]
+    red = [(Image.new("RGB", (50, 50), (255, 0, 0)), 4)]
+    tensor, label = Plain(red, Preprocessing(16, MEAN, STD))[0]
     assert label == 4 and tensor.shape == (3, 16, 16)
     expected = (torch.tensor([1.0, 0, 0]) - torch.tensor(MEAN)) / torch.tensor(STD)
     assert torch.allclose(tensor.mean((1, 2)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (97, 60), (60, 97)])
+def test_cropped_maps_lie_on_the_image_of_evaluation(size):
+    """Draw a rectangle into image and map: it is at the same place in both crops, and the map
+    keeps its values."""
+    maps, images = [], []
+    for i in range(3):
+        pixels = np.zeros(size[::-1], np.uint8)
+        pixels[10 + 4 * i:40, 20:45 - 4 * i] = 7
+        maps.append(Image.fromarray(pixels))
+        images.append((Image.fromarray(36 * pixels).convert("RGB"), 0))
+    cropped = cropped_maps(maps.__getitem__, [2, 0], 48)
+    assert cropped.shape == (2, 48, 48) and cropped.dtype == torch.uint8
+    assert cropped.unique().tolist() == [0, 7]
+    plain = Plain(images, Preprocessing(48, (0, 0, 0), (1, 1, 1)))
+    for values, i in zip(cropped, [2, 0]):
+        light = plain[i][0][0] * 255 / 36  # blurred at the edges alone
+        assert ((values - light).abs() > 3.6).sum() <= 2
+        assert ((values == 7) == (light > 3.5)).float().mean() > 0.97
 
 
 def test_folder_with_train_and_test(flowers):
@@ -244,7 +273,8 @@ def test_folders_without_labels_or_splits_have_no_test_set(flowers, tmp_path, la
         root = flowers if layout == "no labels" else tmp_path / "deep"
         if layout == "no labels":
             for folder in (flowers / "train").iterdir():
-                folder.is_dir() and folder.rmdir()
+                if folder.is_dir():
+                    folder.rmdir()
     data = load_data(str(root))
     assert len(data.train) == 36 and data.test is None and "no train/ and test/" in data.note
     assert len(set(data.train.targets)) == (3 if layout in ("no test", "no split") else 1)

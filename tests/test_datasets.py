@@ -1,5 +1,6 @@
 """Named data sets, read from small copies of their official layouts; --held-out."""
 
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +70,7 @@ def test_cub_regions_are_boxes_or_segmentations(cub):
             (cub / "segmentations").rename(cub / "CUB_200_2011" / "segmentations")
 
 
-def test_cub_run_from_training_to_localisation(cub, tmp_path, monkeypatch, capsys):
+def test_cub_run_from_training_to_the_place_of_its_masks(cub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main(["--data", "cub", "--data-root", str(cub), "--image-size", "16", "--epochs", "1",
                 "--batch-size", "4", "--workers", "0", "--device", "cpu"])
@@ -77,7 +78,9 @@ def test_cub_run_from_training_to_localisation(cub, tmp_path, monkeypatch, capsy
     evaluation.main(["masks", str(tmp_path / "runs" / "cub-lodisc-1"), "--device", "cpu",
                      "--workers", "0"])
     printed = capsys.readouterr().out
-    assert "trained" in printed and "object" in printed and "parts" not in printed
+    assert "trained" in printed and "object cover" in printed and "border fraction" in printed
+    results = json.loads((tmp_path / "runs/cub-lodisc-1/eval.json").read_text(encoding="utf-8"))
+    assert results["masks"].keys() == {"object_cover", "border_fraction"} and "knn" in results
 
 
 def test_aircraft_trains_on_trainval_by_variant(tmp_path):
@@ -156,9 +159,9 @@ def test_flowers17_tests_on_every_fifth_image(tmp_path):
     assert sorted(sum(numbers, [])) == list(range(1, 1361))
     for part, index, number, label in ((0, 0, 1, 0), (1, 0, 5, 0), (1, 15, 80, 0), (0, 64, 81, 1),
                                        (1, 271, 1360, 16)):
-        image, found = data[part][index]
+        image, target = data[part][index]
         colour = [0, 0, 0] if number == 1 else [number % 251, 200, 0]
-        assert found == label and np.abs(np.array(image)[0, 0] - np.array(colour)).max() < 6
+        assert target == label and np.abs(np.array(image)[0, 0] - np.array(colour)).max() < 6
 
 
 @pytest.mark.parametrize("number", [7, 10])  # a training image, a test image
@@ -230,12 +233,23 @@ def cache(monkeypatch, tmp_path):
 
 def opened(cache, paths, monkeypatch):
     """Return how many of the images are decoded anew."""
-    calls, real = [], datasets.open_image
-    monkeypatch.setattr(datasets, "open_image", lambda path: calls.append(path) or real(path))
-    for i, path in enumerate(paths):
-        assert cache.open(path).getpixel((5, 5)) == (i, 0, 0)
-    monkeypatch.setattr(datasets, "open_image", real)
+    with monkeypatch.context() as patch:
+        calls = record_opening(patch)
+        for i, path in enumerate(paths):
+            assert cache.open(path).getpixel((5, 5)) == (i, 0, 0)
     return len(calls)
+
+
+def record_opening(monkeypatch):
+    """Return a list of the paths that are decoded from now on."""
+    calls, real = [], datasets.open_image
+
+    def open_image(path):
+        calls.append(path)
+        return real(path)
+
+    monkeypatch.setattr(datasets, "open_image", open_image)
+    return calls
 
 
 @pytest.mark.parametrize("workers, ranks, kept", [(None, 1, 3), (1, 1, 1), (2, 1, 1), (3, 1, 0),
@@ -252,8 +266,7 @@ def test_cache_counts_decoded_bytes_of_all_processes(cache, monkeypatch, workers
 
 def test_images_of_a_folder_are_decoded_once(flowers, monkeypatch):
     monkeypatch.setattr(datasets, "CACHED", datasets.Cache())
-    train_set, calls, real = load_data(str(flowers)).train, [], datasets.open_image
-    monkeypatch.setattr(datasets, "open_image", lambda path: calls.append(path) or real(path))
+    train_set, calls = load_data(str(flowers)).train, record_opening(monkeypatch)
     for _ in range(2):
         assert len([train_set[i] for i in range(36)]) == len(calls) == 36
 
@@ -294,10 +307,10 @@ def test_shuffling_by_class_reads_every_label_once():
             return super().__getitem__(index)
 
     labels = Labels(i // 2 for i in range(2000))  # a thousand classes
-    found = datasets.shuffled_by_class(labels)
+    classes = datasets.shuffled_by_class(labels)
     assert Labels.reads <= 2 * 2000
-    assert len(found) == 1000 and sorted(sum(found, [])) == list(range(2000))
-    assert all(len({i // 2 for i in own}) == 1 for own in found)
+    assert len(classes) == 1000 and sorted(sum(classes, [])) == list(range(2000))
+    assert all(len({i // 2 for i in indices}) == 1 for indices in classes)
 
 
 # --- --held-out -------------------------------------------------------------------------------
@@ -326,8 +339,7 @@ def test_held_out_is_a_fifth_of_each_class_of_a_folder(flowers):
     check_held_out(whole, held)
     again = load_data(str(flowers), held_out=True)
     assert again.test.indices == held.test.indices
-    first = [own[:2] for own in (range(12), range(12, 24), range(24, 36))]
-    assert held.test.indices != [i for own in first for i in own]  # drawn, not the first
+    assert held.test.indices != [0, 1, 12, 13, 24, 25]  # drawn, not the first of each class
 
 
 def test_held_out_opens_no_test_image_of_a_named_data_set(cub):

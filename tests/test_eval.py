@@ -1,18 +1,36 @@
-"""Linear probe, k-NN and retrieval against simple references; masks.png."""
+"""Linear probe, k-NN and retrieval against simple references; the masks command."""
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import v2
 
 import eval as evaluation
-from data.birds import Birds
-from data.datasets import Data
-from lodisc import UserError, VisionTransformer, create_vit
+import train
+from data.augment import Preprocessing
+from data.birds import BIRD, PART, Birds
+from data.datasets import Data, load_data
+from lodisc import (UserError, VisionTransformer, create_vit, load_encoder, location_mask,
+                    patch_importance)
+
+
+GREY_16 = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def record_fits(monkeypatch):
+    """Return a list of the (features, labels, strength) of every fit from now on."""
+    fits, real = [], evaluation.fit_logistic
+
+    def fit(features, labels, strength, *rest):
+        fits.append((features, labels, strength))
+        return real(features, labels, strength, *rest)
+
+    monkeypatch.setattr(evaluation, "fit_logistic", fit)
+    return fits
 
 
 def clusters(n, classes=4, dim=8, spread=1.0, seed=0):
@@ -41,22 +59,22 @@ def test_fit_converges_at_every_strength(classes, dim, spread, strength):
     """Compare with Newton's method in float64; classes overlap, or can be separated."""
     features, labels = clusters(120, classes, dim, spread)
     features = features * torch.logspace(-1, 0.5, dim)  # ill-conditioned
-    found = evaluation.fit_logistic(features, labels, strength, torch.zeros(dim + 1, classes))
-    assert found.dtype == torch.float32
+    weights = evaluation.fit_logistic(features, labels, strength, torch.zeros(dim + 1, classes))
+    assert weights.dtype == torch.float32
     inputs = torch.cat([features, torch.ones(120, 1)], 1).double()
 
     def objective(weights):
         return (F.cross_entropy(inputs @ weights, labels)
                 + strength / 2 * weights[:-1].square().sum())
 
-    best = found.double()
+    best = weights.double()
     for _ in range(3):
         gradient = torch.func.grad(objective)(best).flatten()
         hessian = torch.func.hessian(objective)(best).reshape(gradient.numel(), -1)
         step = torch.linalg.lstsq(hessian + 1e-12 * torch.eye(len(gradient)), gradient).solution
         better = best - step.reshape(best.shape)
         best = better if objective(better) < objective(best) else best
-    assert objective(found.double()) <= objective(best) * (1 + 1e-4) + 1e-7
+    assert objective(weights.double()) <= objective(best) * (1 + 1e-4) + 1e-7
 
 
 def test_fit_that_does_not_converge_warns(monkeypatch):
@@ -90,24 +108,54 @@ def test_strength_at_the_edge_is_reported(monkeypatch, capsys):
     for strength in evaluation.STRENGTHS:
         monkeypatch.setattr(evaluation, "linear_probe", lambda *args: {
             "top1": 0.5, "strength": strength})
-        evaluation.evaluate({"raw pixels": evaluation.RawPixels()}, data, (16, (0.5,) * 3,
-                                                                           (0.5,) * 3), "linear")
+        evaluation.evaluate({"raw pixels": evaluation.RawPixels()}, data, GREY_16, "linear")
         line = f"raw pixels: the probe's best strength, {strength:g}, is at the edge of its grid\n"
         assert capsys.readouterr().out == (line if strength in (1, 1e-6) else "")
 
 
 def test_split_of_the_probe_is_the_same_for_every_run(monkeypatch):
     """No seed reaches it: not the caller's, nor torch's state."""
-    (features, labels), seen, real = clusters(100), [], evaluation.fit_logistic
-    monkeypatch.setattr(evaluation, "fit_logistic", lambda features, *rest: (
-        seen.append(features), real(features, *rest))[1])
+    (features, labels), fits = clusters(100), record_fits(monkeypatch)
     for seed in range(3):
         torch.manual_seed(seed)
         evaluation.linear_probe((features, labels), (features, labels))
-    parts = [part for part in seen if len(part) < 100]
+    parts = [part for part, _, _ in fits if len(part) < 100]
     assert len(parts) == 3 * len(evaluation.STRENGTHS)
     assert all(torch.equal(part, parts[0]) for part in parts)
-    assert not torch.equal(seen[0], features[:90])  # drawn, and class by class
+    assert not torch.equal(parts[0], standardised(features)[:90])  # drawn, and class by class
+    held_out = evaluation.split_by_class(labels)
+    assert torch.equal(parts[0], standardised(features)[~held_out])
+
+
+@pytest.mark.parametrize("counts", [[20, 20, 20], [1, 30, 2, 7], [5, 1, 1], [100], [1, 1]])
+def test_every_tenth_image_is_held_out_class_by_class(counts):
+    """Whatever the labels' order, each class has its tenth, and the choice is drawn."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels))]
+    held_out = evaluation.split_by_class(labels)
+    assert held_out.dtype == torch.bool and held_out.shape == labels.shape
+    for label, count in enumerate(counts):
+        part = int(held_out[labels == label].sum())
+        assert count // 10 <= part <= math.ceil(count / 10) and part < count
+    if counts == [100]:
+        gaps = held_out.nonzero().flatten().diff()
+        assert held_out.sum() == 10 and len(gaps.unique()) > 1
+    torch.manual_seed(7)
+    assert torch.equal(evaluation.split_by_class(labels), held_out)
+
+
+def test_held_out_images_that_are_given_replace_the_split(monkeypatch):
+    """They choose the strength, and the last fit has them too."""
+    (features, labels), fits = clusters(60), record_fits(monkeypatch)
+    held_out = torch.zeros(60, dtype=torch.bool)
+    held_out[20:35] = True
+    evaluation.linear_probe((features, labels), (features, labels), held_out=held_out)
+    assert all(torch.equal(part, standardised(features)[~held_out]) for part, _, _ in fits[:-1])
+    assert len(fits) == len(evaluation.STRENGTHS) + 1 and len(fits[-1][0]) == 60
+
+
+def standardised(features):
+    return (features - features.mean(0)) / features.std(0, correction=0)
 
 
 def test_probe_without_a_class_of_two_takes_the_strongest():
@@ -135,7 +183,9 @@ def test_importance_that_is_not_finite_is_an_error():
     with torch.no_grad():
         encoder.cls_token.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):
-        evaluation.localisation(encoder, Birds("test", 8))
+        evaluation.kept_patches(encoder, Birds("test", 8))
+    with pytest.raises(UserError, match="not finite"):
+        evaluation.importance_of(encoder, torch.randn(2, 3, 32, 32), "last")
 
 
 def test_linear_probe_scores():
@@ -155,13 +205,11 @@ def test_linear_probe_scores():
 
 def test_linear_probe_is_refitted_on_all_of_train(monkeypatch):
     """Check that strengths are tried on nine tenths of each class, and the last fit uses all."""
-    sizes, real = [], evaluation.fit_logistic
-    monkeypatch.setattr(evaluation, "fit_logistic", lambda features, labels, *rest: (
-        sizes.append((len(features), labels.bincount().tolist(), rest[0])),
-        real(features, labels, *rest))[1])
-    features, _ = clusters(80)
+    (features, _), fits = clusters(80), record_fits(monkeypatch)
     labels = torch.arange(80) % 4
     result = evaluation.linear_probe((features, labels), (features, labels))
+    sizes = [(len(part), classes.bincount().tolist(), strength)
+             for part, classes, strength in fits]
     assert sizes[-1] == (80, [20] * 4, result["strength"])
     assert sizes[:-1] == [(72, [18] * 4, strength) for strength in evaluation.STRENGTHS]
 
@@ -187,42 +235,44 @@ def test_linear_probe_never_fits_the_test_set():
 
 
 def test_knn_matches_loop():
-    train, test = clusters(60, spread=2.0), clusters(50, spread=2.0, seed=1)
+    train_set, test = clusters(60, spread=2.0), clusters(50, spread=2.0, seed=1)
     right = 0
     for feature, label in zip(*test):
-        sims = sorted(((F.cosine_similarity(feature, other, dim=0).item(), int(l))
-                       for other, l in zip(*train)), reverse=True)[:20]
+        nearest = sorted(((F.cosine_similarity(feature, neighbour, dim=0).item(), int(its_class))
+                          for neighbour, its_class in zip(*train_set)), reverse=True)[:20]
         votes = [0.0] * 4
-        for sim, other in sims:
-            votes[other] += math.exp(sim / 0.07)
+        for similarity, its_class in nearest:
+            votes[its_class] += math.exp(similarity / 0.07)
         right += votes.index(max(votes)) == label
-    assert evaluation.knn(train, test)["top1"] == right / 50
-    assert evaluation.knn(train, test)["top1"] == right / 50
+    assert evaluation.knn(train_set, test)["top1"] == right / 50
 
 
 @pytest.mark.parametrize("block", [512, 13])
 def test_retrieval_matches_loop(block):
     features, labels = clusters(60, classes=12, spread=6.0)  # ranks of all sizes
     labels[17] = 77  # alone in its class
-    rank1, rank5, precisions, found_ranks = [], [], [], []
+    rank1, rank4, rank5, averages = [], [], [], []
     for i in range(60):
-        others = sorted((j for j in range(60) if j != i), reverse=True,
+        ranked = sorted((j for j in range(60) if j != i), reverse=True,
                         key=lambda j: F.cosine_similarity(features[i], features[j], dim=0).item())
-        hits = [labels[j] == labels[i] for j in others]
+        hits = [labels[j] == labels[i] for j in ranked]
         if not any(hits):
             continue
-        found_ranks.append(hits)
         rank1.append(hits[0])
+        rank4.append(any(hits[:4]))
         rank5.append(any(hits[:5]))
-        found = [sum(hits[: r + 1]) / (r + 1) for r in range(59) if hits[r]]
-        precisions.append(sum(found) / len(found))
+        precisions = [sum(hits[: r + 1]) / (r + 1) for r in range(59) if hits[r]]
+        averages.append(sum(precisions) / len(precisions))
     result = evaluation.retrieval((features, labels), block)
-    mean = lambda values: float(sum(values)) / len(values)
+
+    def mean(values):
+        return float(sum(values)) / len(values)
+
     assert result["rank1"] == pytest.approx(mean(rank1))
     assert result["rank5"] == pytest.approx(mean(rank5))
-    assert result["mAP"] == pytest.approx(mean(precisions), abs=1e-6)
+    assert result["mAP"] == pytest.approx(mean(averages), abs=1e-6)
     assert (result["queries"], result["left_out"]) == (59, 1)
-    assert result["rank1"] < mean([any(row[:4]) for row in found_ranks]) < result["rank5"]
+    assert result["rank1"] < mean(rank4) < result["rank5"]
 
 
 def test_retrieval_breaks_ties_against_the_class():
@@ -233,25 +283,136 @@ def test_retrieval_breaks_ties_against_the_class():
     assert result["mAP"] == pytest.approx((1 / 37 + 2 / 38 + 3 / 39) / 3)
 
 
-def test_localisation_of_known_importance(monkeypatch):
-    """Set the importance of a patch to the bird's fraction of it, or to the negative fraction."""
+# --- pivotal patches --------------------------------------------------------------------------
+
+
+def test_object_cover_is_the_kept_patches_mean_over_that_of_all():
+    cover = torch.tensor([[0.0, 0.5, 1.0, 0.1], [0.2, 0.0, 0.0, 0.2]])  # mean 0.25
+    masks = torch.tensor([[False, False, True, False], [True, True, False, False]])
+    assert evaluation.object_cover(masks, cover) == pytest.approx((1.0 + 0.2) / 3 / 0.25)
+    assert evaluation.object_cover(torch.ones(2, 4, dtype=torch.bool), cover) == 1
+    assert evaluation.object_cover(masks, torch.ones(2, 4)) == 1  # an object everywhere
+    assert evaluation.object_cover(cover == 0, cover) == 0
+    assert isinstance(evaluation.object_cover(masks, cover), float)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 6, 14])
+def test_border_fraction_counts_the_outermost_ring(side):
+    masks = torch.rand(5, side * side) < 0.4
+    masks[0], masks[1] = True, False
+    on_border = 0
+    for i in range(5):
+        for patch in masks[i].nonzero().flatten().tolist():
+            row, column = divmod(patch, side)
+            on_border += row in (0, side - 1) or column in (0, side - 1)
+    expected = on_border / masks.sum().item()
+    assert evaluation.border_fraction(masks) == pytest.approx(expected)
+    ring = side * side - max(0, side - 2) ** 2
+    everything = torch.ones(3, side * side, dtype=torch.bool)
+    assert evaluation.border_fraction(everything) == pytest.approx(ring / side**2)
+
+
+@pytest.mark.parametrize("least", [BIRD, PART])
+def test_patch_cover_is_the_fraction_of_a_patchs_pixels(least):
+    """Of the region map in the same crop as the image: the short side to 8/7, then the middle."""
+    birds, fractions = Birds("test", 30), torch.zeros(30, 36)
+    for i in range(30):
+        regions = birds.regions(i).resize((55, 55), Image.Resampling.NEAREST)
+        pixels = evaluation.np.asarray(regions.crop((4, 4, 52, 52)))  # Pillow rounds 3.5 to 4
+        for patch in range(36):
+            top, left = 8 * (patch // 6), 8 * (patch % 6)
+            fractions[i, patch] = float((pixels[top:top + 8, left:left + 8] >= least).mean())
+    args = () if least == BIRD else (PART,)  # the whole bird by default
+    cover = evaluation.patch_cover(birds, 48, 8, *args)
+    assert cover.dtype == torch.float32 and torch.allclose(cover, fractions)
+    assert 0 < cover.mean() < 0.5 and cover.max() > 0.9
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_kept_patches_are_the_location_masks_of_the_centre_crops(workers):
+    encoder, birds = create_vit("vit_nano", 48, 8), Birds("test", 70)  # more than a batch
+    encoder.mean, encoder.std = (0.1, 0.2, 0.3), (0.9, 0.8, 0.7)
+    plain = evaluation.Plain(birds, Preprocessing(48, encoder.mean, encoder.std))
+    batch = torch.stack([plain[i][0] for i in range(70)])
+    differ = []
+    for name, ratio in (("product", 0.3), ("last", 0.5), ("rollout", 0.1)):
+        masks = evaluation.kept_patches(encoder, birds, name, ratio, workers)
+        assert masks.dtype == torch.bool and masks.shape == (70, 36)
+        with torch.no_grad():
+            _, importance = patch_importance(encoder, batch, name)
+        assert torch.equal(masks, location_mask(importance, ratio))
+        differ.append(masks)
+    assert torch.equal(evaluation.kept_patches(encoder, birds), differ[0])  # the defaults
+    assert len({tuple(masks.flatten().tolist()) for masks in differ}) == 3
+
+
+def test_object_cover_follows_the_importance(monkeypatch):
+    """Set a patch's importance to the bird's fraction of it, or to the negative fraction."""
     encoder, birds = create_vit("vit_nano", 48, 8), Birds("test", 60)
-    crop = v2.Compose(evaluation.plain_crop(48, v2.InterpolationMode.NEAREST))
-    fractions = []
-    for i in range(60):
-        bird = torch.from_numpy(evaluation.np.asarray(crop(birds.regions(i))) >= 1).float()
-        fractions.append(F.avg_pool2d(bird[None], 8).flatten())
-    fractions = torch.stack(fractions)
+    cover = evaluation.patch_cover(birds, 48, 8)
     for sign in (1, -1):
-        monkeypatch.setattr(evaluation, "importance_of", lambda e, batch, name: sign * fractions)
-        ratio = evaluation.localisation(encoder, birds, keep_ratio=0.3)
-        kept = fractions.sort(1, descending=sign > 0).values[:, :10]
-        assert ratio["object"] == pytest.approx((kept.mean() / fractions.mean()).item(), rel=1e-5)
-        assert ratio["object_most"] == pytest.approx(
-            (fractions.sort(1).values[:, -10:].mean() / fractions.mean()).item(), rel=1e-5)
-        fixed = fractions[:, fractions.mean(0).argsort()[-10:]]
-        assert ratio["object_fixed"] == pytest.approx((fixed.mean() / fractions.mean()).item())
-        assert (ratio["object"] > 2) == (ratio["parts"] > 1.5) == (sign > 0)
+        monkeypatch.setattr(evaluation, "importance_of", lambda e, batch, name: sign * cover)
+        masks = evaluation.kept_patches(encoder, birds, keep_ratio=0.3)
+        kept = cover.sort(1, descending=sign > 0).values[:, :10]
+        ratio = evaluation.object_cover(masks, cover)
+        assert ratio == pytest.approx((kept.mean() / cover.mean()).item(), rel=1e-5)
+        assert (ratio > 2) == (sign > 0)
+
+
+@pytest.fixture
+def run_of_birds(elsewhere, few_birds, monkeypatch):
+    """Train on few drawn birds, with a mask and an importance that are no defaults."""
+    monkeypatch.setattr(train, "evaluate_run", lambda *args: {})
+    train.main(["--image-size", "24", "--patch-size", "8", "--epochs", "1", "--batch-size", "50",
+                "--importance", "last", "--keep-ratio", "0.5", "--mask", "least", "--lr", "0.5",
+                "--momentum", "0.5", "--device", "cpu", "--workers", "0", "--out", "run"])
+    return Path("run")
+
+
+def test_masks_of_data_with_regions_are_measured_and_stored(run_of_birds, capsys):
+    """Of the momentum encoder, by the run's importance and keep ratio."""
+    (run_of_birds / "eval.json").write_text('{"knn": {"top1": 0.5}}')
+    capsys.readouterr()
+    evaluation.main(["masks", "run", "--device", "cpu", "--workers", "0"])
+    encoder, test = load_encoder("run", use_momentum=True), Birds("test", 60)
+    masks = evaluation.kept_patches(encoder, test, "last", 0.5)
+    place = {"object_cover": evaluation.object_cover(masks, evaluation.patch_cover(test, 24, 8)),
+             "border_fraction": evaluation.border_fraction(masks)}
+    assert masks.sum() == 60 * 4
+    for name, ratio in (("product", 0.5), ("last", 0.3)):  # the others could be told apart
+        changed = evaluation.kept_patches(encoder, test, name, ratio)
+        assert evaluation.object_cover(changed, evaluation.patch_cover(test, 24, 8)) != \
+            pytest.approx(place["object_cover"], abs=1e-6)
+    online = evaluation.kept_patches(load_encoder("run"), test, "last", 0.5)
+    assert not torch.equal(online, masks)
+    printed = capsys.readouterr().out
+    assert (f"object cover {place['object_cover']:.2f} (chance level 1), border fraction "
+            f"{place['border_fraction']:.2f} (chance level 0.89)\n") in printed  # 8 of 9 patches
+    stored = json.loads((run_of_birds / "eval.json").read_text(encoding="utf-8"))
+    assert stored.pop("masks") == pytest.approx(place) and stored == {"knn": {"top1": 0.5}}
+    assert (run_of_birds / "masks.png").is_file()
+
+
+def test_masks_of_given_images_or_without_regions_are_only_drawn(run_of_birds, flowers, capsys,
+                                                                 monkeypatch):
+    monkeypatch.setattr(evaluation, "load_data", load_data)
+    capsys.readouterr()
+    for arguments in ([str(next((flowers / "test").rglob("*.jpg")))], ["--data", str(flowers)]):
+        evaluation.main(["masks", "run", *arguments, "--device", "cpu", "--workers", "0"])
+        printed = capsys.readouterr().out
+        assert "object cover" not in printed and printed.endswith("wrote run/masks.png\n")
+        assert not (run_of_birds / "eval.json").exists()
+
+
+def test_masks_of_published_weights_are_measured_but_not_stored(elsewhere, few_birds, capsys):
+    encoder = VisionTransformer(32, 8, 64, 1, 1)
+    torch.save(encoder.state_dict(), "weights.pth")
+    evaluation.main(["masks", "weights.pth", "--data", "synthetic", "--image-size", "32",
+                     "--device", "cpu", "--workers", "0"])
+    masks = evaluation.kept_patches(encoder, Birds("test", 60), "product", 0.3)
+    cover = evaluation.patch_cover(Birds("test", 60), 32, 8)
+    assert f"object cover {evaluation.object_cover(masks, cover):.2f} (" in capsys.readouterr().out
+    assert sorted(path.name for path in Path().iterdir()) == ["masks.png", "weights.pth"]
 
 
 def test_masks_png_shows_image_heat_map_and_kept_patches(tmp_path, elsewhere):
@@ -273,15 +434,15 @@ def test_masks_png_shows_image_heat_map_and_kept_patches(tmp_path, elsewhere):
         assert pixels[4 + step:4 + step + tile, x:x + tile].float().std() > 10
 
 
-def test_save_rows_keeps_other_results_and_separates_values_per_image(tmp_path):
+def test_results_are_stored_beside_other_results_and_apart_from_values_per_image(tmp_path):
     first = {"raw pixels": {"knn": {"top1": 0.3}},
              "initial": {"linear": {"top1": 0.1, "per_image": {"top1": [0, 0]}}},
              "trained": {"linear": {"top1": 0.5, "per_image": {"top1": [1, 0]}},
                          "knn": {"top1": 0.2}}}
-    evaluation.save_rows(tmp_path, first)
+    evaluation.save_results(tmp_path, first)
     again = {"trained": {"linear": {"top1": 0.6, "per_image": {"top1": [1, 1]}}}}
-    evaluation.save_rows(tmp_path, again)
-    evaluation.save_rows(tmp_path, {"trained": {"knn": {"top1": 0.7}}}, "momentum", "cub")
+    evaluation.save_results(tmp_path, again)
+    evaluation.save_results(tmp_path, {"trained": {"knn": {"top1": 0.7}}}, "momentum", "cub")
     assert json.loads((tmp_path / "eval.json").read_text(encoding="utf-8")) == {
         "linear": {"top1": 0.6}, "knn": {"top1": 0.2}, "pixels": {"knn": {"top1": 0.3}},
         "initial": {"linear": {"top1": 0.1}}, "cub": {"momentum": {"knn": {"top1": 0.7}}}}
@@ -291,9 +452,9 @@ def test_save_rows_keeps_other_results_and_separates_values_per_image(tmp_path):
 
 
 def test_values_per_image_average_to_the_metrics():
-    train, test = clusters(80, spread=2.0), clusters(60, classes=4, spread=2.0, seed=1)
+    train_set, test = clusters(80, spread=2.0), clusters(60, classes=4, spread=2.0, seed=1)
     test[1][7] = 3 + test[1].max()  # alone in its class
-    for result in (evaluation.linear_probe(train, test), evaluation.knn(train, test)):
+    for result in (evaluation.linear_probe(train_set, test), evaluation.knn(train_set, test)):
         hits = result["per_image"]["top1"]
         assert len(hits) == 60 and sum(hits) / 60 == pytest.approx(result["top1"])
     result = evaluation.retrieval(test)
@@ -305,59 +466,70 @@ def test_values_per_image_average_to_the_metrics():
 
 def test_class_of_one_image_is_never_held_out(monkeypatch):
     labels = torch.cat([torch.zeros(8), torch.arange(1, 31)]).long()  # one image each but class 0
-    features, seen, real = torch.randn(38, 5), [], evaluation.fit_logistic
-    monkeypatch.setattr(evaluation, "fit_logistic", lambda features, labels, *rest: (
-        seen.append(labels.unique().tolist()), real(features, labels, *rest))[1])
+    features, fits = torch.randn(38, 5), record_fits(monkeypatch)
     evaluation.linear_probe((features, labels), (features, labels))
-    assert all(classes == list(range(31)) for classes in seen)
-    assert len(seen) == len(evaluation.STRENGTHS) + 1
+    assert all(classes.unique().tolist() == list(range(31)) for _, classes, _ in fits)
+    assert len(fits) == len(evaluation.STRENGTHS) + 1
 
 
 def test_raw_pixels_are_pooled_to_16_px():
     images = torch.randn(2, 3, 64, 64)
-    features, _ = evaluation.RawPixels()(images)
+    features = evaluation.RawPixels()(images)
     assert torch.allclose(features, torch.nn.functional.avg_pool2d(images, 4).flatten(1), atol=1e-6)
-    assert evaluation.RawPixels()(torch.randn(2, 3, 8, 8))[0].shape == (2, 3 * 8 * 8)
+    assert evaluation.RawPixels()(torch.randn(2, 3, 8, 8)).shape == (2, 3 * 8 * 8)
 
 
-def test_features_are_class_token_or_mean_patch_token():
+def test_features_are_class_token_or_mean_or_single_patch_tokens():
     encoder, birds = create_vit("vit_nano", 32, 8), Birds("test", 6)
-    crop = (32, encoder.mean, encoder.std)
-    found = {kind: evaluation.extract({"e": encoder, "p": evaluation.RawPixels()}, birds, crop,
-                                      kind=kind) for kind in ("class", "mean")}
-    images = torch.stack([evaluation.Plain(birds, *crop)[i][0] for i in range(6)])
+    preprocessing = Preprocessing(32, encoder.mean, encoder.std)
+    plain, features = evaluation.Plain(birds, preprocessing), {}
+    encoders = {"e": encoder, "p": evaluation.RawPixels()}
+    for kind in ("class", "mean", "patches"):
+        if kind == "patches":
+            del encoders["p"]  # raw pixels have none
+        rows = evaluation.extract(encoders, birds, preprocessing, kind=kind)
+        features[kind] = {name: values for name, (values, _) in rows.items()}
+        assert all(labels.tolist() == birds.targets for _, labels in rows.values())
+    images = torch.stack([plain[i][0] for i in range(6)])
     with torch.no_grad():
-        tokens = encoder.tokens(images)[0]
-    assert torch.allclose(found["class"]["e"][0], tokens[:, 0], atol=1e-5)
-    assert torch.allclose(found["mean"]["e"][0], tokens[:, 1:].mean(1), atol=1e-5)
-    assert torch.equal(found["class"]["p"][0], found["mean"]["p"][0])
+        token, patches = encoder.tokens(images)
+    assert patches.shape == (6, 16, 96)
+    assert torch.allclose(features["class"]["e"], token, atol=1e-5)
+    assert torch.allclose(features["mean"]["e"], patches.mean(1), atol=1e-5)
+    assert torch.allclose(features["patches"]["e"], patches, atol=1e-5)
+    assert torch.equal(features["class"]["p"], features["mean"]["p"])
+    assert torch.equal(features["class"]["p"], evaluation.RawPixels()(images))
 
 
 @pytest.mark.parametrize("kind", ["class", "mean"])
 def test_every_metric_has_the_requested_features(monkeypatch, kind):
     """Of both splits, compared with `extract`'s."""
-    encoder, crop = create_vit("vit_nano", 32, 8), (32, (0.5,) * 3, (0.5,) * 3)
+    encoder, preprocessing = create_vit("vit_nano", 16, 8), GREY_16
     data, seen = Data(Birds("train", 20), Birds("test", 40)), {}
+
+    def record(name, sets):
+        seen[name] = [part[0] for part in sets if isinstance(part, tuple)]
+        return {"strength": 0.1}
+
     for name in ("linear_probe", "knn", "retrieval"):
-        monkeypatch.setattr(evaluation, name, lambda *sets, name=name: seen.update(
-            {name: [part[0] for part in sets if isinstance(part, tuple)]}) or {})
-    evaluation.evaluate({"e": encoder}, data, crop, kind=kind)
-    train, test = [evaluation.extract({"e": encoder}, part, crop, kind=kind)["e"][0]
-                   for part in data[:2]]
-    for name, expected in (("linear_probe", [train, test]), ("knn", [train, test]),
-                           ("retrieval", [test])):
+        monkeypatch.setattr(evaluation, name, lambda *sets, name=name: record(name, sets))
+    evaluation.evaluate({"e": encoder}, data, preprocessing, kind=kind)
+    train_part, test_part = [
+        evaluation.extract({"e": encoder}, part, preprocessing, kind=kind)["e"][0]
+        for part in data[:2]]
+    for name, expected in (("linear_probe", [train_part, test_part]),
+                           ("knn", [train_part, test_part]), ("retrieval", [test_part])):
         assert [len(part) for part in seen[name]] == [len(part) for part in expected]
         assert all(map(torch.equal, seen[name], expected))
 
 
 def test_probe_standardises_by_the_training_set(monkeypatch):
     (features, labels), (test, classes) = clusters(80), clusters(60, spread=9.0, seed=1)
-    seen, real = [], evaluation.fit_logistic
-    monkeypatch.setattr(evaluation, "fit_logistic", lambda features, *rest: (
-        seen.append(features), real(features, *rest))[1])
+    fits = record_fits(monkeypatch)
     evaluation.linear_probe((3 * features + 5, labels), (7 * test - 2, classes))
-    assert seen[-1].mean(0).abs().max() < 1e-5
-    assert torch.allclose(seen[-1].std(0, correction=0), torch.ones(8), atol=1e-5)
+    fitted, _, _ = fits[-1]
+    assert fitted.mean(0).abs().max() < 1e-5
+    assert torch.allclose(fitted.std(0, correction=0), torch.ones(8), atol=1e-5)
 
 
 def test_retrieval_needs_a_class_of_two():

@@ -54,11 +54,18 @@ def test_file_is_whole_or_unchanged(error):
 def test_every_file_of_a_run_is_written_whole(flowers, monkeypatch, quick_probe):
     """Record what is opened for writing: each file is a temporary one that replaces its name."""
     opened, replaced, real_open, real_replace = [], [], open, os.replace
-    monkeypatch.setattr("builtins.open", lambda file, mode="r", *args, **options: (
-        opened.append(str(file)) if set(mode) & set("wax") else None,
-        real_open(file, mode, *args, **options))[1])
-    monkeypatch.setattr(os, "replace", lambda part, path: (
-        replaced.append((str(part), Path(path).name)), real_replace(part, path))[1])
+
+    def open_recorded(file, mode="r", *args, **options):
+        if set(mode) & set("wax"):
+            opened.append(str(file))
+        return real_open(file, mode, *args, **options)
+
+    def replace(part, path):
+        replaced.append((str(part), Path(path).name))
+        return real_replace(part, path)
+
+    monkeypatch.setattr("builtins.open", open_recorded)
+    monkeypatch.setattr(os, "replace", replace)
     train.main(["--data", str(flowers), *SMALL, "--out", "run"])
     evaluation.main(["export", "run"])
     evaluation.main(["masks", "run", "--workers", "0"])
@@ -75,7 +82,8 @@ def test_two_processes_lose_no_result():
     code = ("import sys; sys.path.insert(0, sys.argv[1])\n"
             "import eval as evaluation\nfrom pathlib import Path\n"
             "for i in range(40):\n"
-            "    evaluation.save_rows(Path('.'), {'trained': {f'{sys.argv[2]}{i}': {'a': i}}})\n")
+            "    row = {f'{sys.argv[2]}{i}': {'a': i}}\n"
+            "    evaluation.save_results(Path('.'), {'trained': row})\n")
     Path("merge.py").write_text(code, encoding="utf-8")
     both = [subprocess.Popen([sys.executable, "merge.py", ROOT, name], stdout=subprocess.DEVNULL)
             for name in "ab"]
@@ -90,7 +98,7 @@ def test_two_processes_lose_no_result():
 def test_damaged_results_are_named_and_kept(name, contents):
     Path(name).write_bytes(contents)
     with pytest.raises(UserError, match=f"^{name} is damaged .*move it away") as error:
-        evaluation.save_rows(Path("."), {"trained": {"knn": {"top1": 0.5}}})
+        evaluation.save_results(Path("."), {"trained": {"knn": {"top1": 0.5}}})
     assert "\n" not in str(error.value)
     assert Path(name).read_bytes() == contents and names() == [name]
 
@@ -167,19 +175,19 @@ def test_picture_has_the_format_of_its_ending(tmp_path):
 
 def test_runs_started_at_once_have_their_own_numbers(monkeypatch):
     """Make the folders from eight threads; and lose the race for a number to another process."""
-    config, found = {"data": "birds", "method": "lodisc"}, []
+    config, made = {"data": "birds", "method": "lodisc"}, []
     start = threading.Barrier(8)
 
     def make():
         start.wait()
-        found.append(train.new_folder(train.NEW_RUN, config).name)
+        made.append(train.new_folder(train.NEW_RUN, config).name)
 
     threads = [threading.Thread(target=make) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(found) == [f"birds-lodisc-{i}" for i in range(1, 9)] == names("runs")
+    assert sorted(made) == [f"birds-lodisc-{i}" for i in range(1, 9)] == names("runs")
     real = Path.mkdir
 
     def late(self, *args, **options):
@@ -283,24 +291,30 @@ def test_loading_processes_have_room_in_shared_memory(monkeypatch, capsys, tmp_p
     """A batch of the recipe's two views of 98 px has 15 MB; each process has two in advance."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(
         free=megabytes * 1_000_000))
-    found = datasets.fitting_workers(workers, 64 * 2 * 3 * 98 * 98 * 4, tmp_path)
-    assert found == fitting
+    assert datasets.fitting_workers(workers, 64 * 2 * 3 * 98 * 98 * 4, tmp_path) == fitting
     assert ("--shm-size" in capsys.readouterr().out) == (fitting < workers)
     assert datasets.fitting_workers(workers, 10**9, tmp_path / "missing") == workers  # no Linux
 
 
 def test_both_loaders_ask_for_their_batches_room(flowers, monkeypatch, quick_probe):
     asked = []
+
+    def none_fits(*sizes):
+        asked.append(sizes)
+        return 0
+
     for script in (train, evaluation):
-        monkeypatch.setattr(script, "fitting_workers", lambda *sizes: asked.append(sizes) or 0)
+        monkeypatch.setattr(script, "fitting_workers", none_fits)
     train.main(["--data", str(flowers), *SMALL, "--workers", "2", "--out", "run"])
     image = 3 * 16 * 16 * 4  # bytes
     assert asked == [(2, 12 * 2 * image), *[(2, evaluation.BATCH * image)] * 2]
 
 
-@pytest.mark.parametrize("path", sorted(
-    path.relative_to(ROOT).as_posix() for folder in ("", "data", "tests")
-    for path in (ROOT / folder).glob("*.py")))
+MODULES = [path for pattern in ("*.py", "data/*.py", "tests/*.py", "tests/*/*.py")
+           for path in ROOT.glob(pattern)]
+
+
+@pytest.mark.parametrize("path", sorted(path.relative_to(ROOT).as_posix() for path in MODULES))
 def test_module_names_utf_8_and_imports_on_windows(path):
     """Text is opened as UTF-8, which is not Windows' default, and no module needs Unix to load."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))

@@ -137,7 +137,7 @@ def one_class(data):
         drop(data / split, keep=1)
 
 
-def odd_names(data):
+def unusual_names(data):
     for split in ("train", "test"):
         (data / split / "class 1").rename(data / split / "Vögel, große 花")
 
@@ -147,7 +147,7 @@ FOLDERS = {  # change of the folder: (exit status, message)
     one_image: (2, "expected 2 training images, got 1"),
     one_test_image_a_class: (0, "no retrieval"),
     one_class: (0, "linear top-1"),
-    odd_names: (0, "linear top-1"),
+    unusual_names: (0, "linear top-1"),
     lambda data: shutil.rmtree(data / "test"): (0, "will not be evaluated: "),
     lambda data: drop(data): (2, "valid file"),
     lambda data: shutil.rmtree(data / "test" / "class 1"): (2, "same classes"),
@@ -179,8 +179,8 @@ def test_evaluation_names_unreadable_files(flowers, monkeypatch, capsys):
     capsys.readouterr()
     with pytest.raises(UserError) as caught:  # from a worker, with its traceback
         evaluation.main(["all", "run", *options])
-    monkeypatch.setattr(os, "_exit", lambda status: codes.append(status))
     codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
     evaluation.exit_with_line("eval.py", caught.value)
     line = capsys.readouterr().err
     assert codes == [2] and line.startswith(f"eval.py: {bad} is not") and line.count("\n") == 1
@@ -193,6 +193,6 @@ def test_evaluation_names_unreadable_files(flowers, monkeypatch, capsys):
 def test_damaged_results_are_not_overwritten():
     Path("eval.json").write_text("{half")
     with pytest.raises((UserError, ValueError)):
-        evaluation.save_rows(Path("."), {"trained": {"knn": {"top1": 0.5}}})
+        evaluation.save_results(Path("."), {"trained": {"knn": {"top1": 0.5}}})
     assert Path("eval.json").read_text(encoding="utf-8") == "{half"
     assert not Path("per_image.json").exists()

@@ -1,4 +1,4 @@
-"""Masked images are encoded and compared as tests/kept.py defines it."""
+"""Masked images are encoded and compared as tests/experiments/kept.py defines it."""
 
 import pytest
 import torch
@@ -6,41 +6,43 @@ import torch.nn.functional as F
 from PIL import Image
 
 import kept
-from data.augment import Plain
+from data.augment import Plain, Preprocessing
 from data.datasets import load_data
 from lodisc import MASKS, VisionTransformer, attention_product, location_mask, mask_pixels
 
-CROP = 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+INPUT = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @pytest.fixture
 def encoders():
     """Return two encoders whose features differ in length, as cosine and product differ then."""
-    found = {name: VisionTransformer(16, 4, 64, 2, 1) for name in ("first", "second")}
-    for encoder in found.values():
+    pair = {name: VisionTransformer(16, 4, 64, 2, 1) for name in ("first", "second")}
+    for encoder in pair.values():
         torch.nn.init.normal_(encoder.norm.bias)
-    return found
+    return pair
 
 
 def test_masked_images_keep_the_patches_of_the_encoders_own_masks(encoders, flowers):
     test, encoder = load_data(str(flowers)).test, encoders["first"]
-    images = torch.stack([image for image, _ in Plain(test, *CROP)])
-    features, masks = kept.encode(encoder, test, CROP, 0.5)
-    importance = attention_product(encoder(images, attention="row")[1])
+    images = torch.stack([image for image, _ in Plain(test, INPUT)])
+    features, masks = kept.encode(encoder, test, INPUT, 0.5)
+    whole, rows = encoder.with_attention(images, "row")
+    importance = attention_product(rows)
+    draws = torch.Generator().manual_seed(0)
     expected = {"location": location_mask(importance, 0.5),
-                "random": MASKS["random"][0](importance, 0.5, torch.Generator().manual_seed(0)),
-                "least": MASKS["least"][0](importance, 0.5)}
+                "random": MASKS["random"].function(importance, 0.5, draws),
+                "least": MASKS["least"].function(importance, 0.5)}
     assert torch.equal(masks, expected["location"]) and masks.sum(1).eq(8).all()
     assert list(features) == ["all", *expected]
-    assert torch.equal(features["all"], encoder(images)[0])
+    assert torch.equal(features["all"], encoder(images)) and torch.equal(whole, encoder(images))
     for name, mask in expected.items():
-        assert torch.equal(features[name], encoder(mask_pixels(images, mask, 4))[0]), name
+        assert torch.equal(features[name], encoder(mask_pixels(images, mask, 4))), name
 
 
 def test_metrics_by_definition(encoders, flowers, monkeypatch):
     test = load_data(str(flowers)).test
-    results = kept.measure(encoders, test, CROP, 0.3)
-    (_, before), (features, masks) = (kept.encode(encoder, test, CROP, 0.3)
+    results = kept.measure(encoders, test, INPUT, 0.3)
+    (_, before), (features, masks) = (kept.encode(encoder, test, INPUT, 0.3)
                                       for encoder in encoders.values())
     labels, own = torch.tensor(test.targets), results["second"]
     whole = F.normalize(features["all"], dim=1)
@@ -54,18 +56,18 @@ def test_metrics_by_definition(encoders, flowers, monkeypatch):
     common = (before & masks).sum().item() / 48
     assert own["location"]["in_common"] == pytest.approx(common) and common < 1
     assert results["first"]["location"]["in_common"] == 1
-    whole = kept.measure(encoders, test, CROP, 1.0)["second"]  # nothing is masked
+    whole = kept.measure(encoders, test, INPUT, 1.0)["second"]  # nothing is masked
     assert all(whole[name]["own"] == 1 and whole[name]["mAP"] == own["all"]["mAP"]
                for name in kept.SHOWN)
     monkeypatch.setattr(kept, "IMAGES", 5)  # of 12: every third
     fewer = torch.utils.data.Subset(test, [0, 3, 6, 9])
     fewer.targets = [test.targets[i] for i in fewer.indices]
-    reduced = kept.measure(encoders, test, CROP)
+    reduced = kept.measure(encoders, test, INPUT)
     monkeypatch.undo()
-    assert reduced == kept.measure(encoders, fewer, CROP)
+    assert reduced == kept.measure(encoders, fewer, INPUT)
 
 
-def test_border_shares(encoders, flowers, monkeypatch):
+def test_border_fractions(encoders, flowers, monkeypatch):
     test, encoder = load_data(str(flowers)).test, encoders["first"]
     importance = torch.zeros(12, 16)  # of 4 x 4 patches
     importance[:, [0, 3, 5, 10]] = 1  # two corners, two in the middle
@@ -73,10 +75,10 @@ def test_border_shares(encoders, flowers, monkeypatch):
     calls = []
     monkeypatch.setattr(kept, "importance_of", lambda *arguments: calls.append(
         arguments) or importance)
-    shares = kept.border_shares(encoder, test, CROP, 0.25)
-    assert shares == {name: pytest.approx(0.625) for name in ("product", "rollout", "last")}
-    assert [name for _, _, name in calls] == list(shares)
-    assert all(own is encoder and len(images) == 12 for own, images, _ in calls)
+    fractions = kept.border_fractions(encoder, test, INPUT, 0.25)
+    assert fractions == {name: pytest.approx(0.625) for name in ("product", "rollout", "last")}
+    assert [name for _, _, name in calls] == list(fractions)
+    assert all(used is encoder and len(images) == 12 for used, images, _ in calls)
 
 
 def test_mosaic_has_the_mean_colour_of_every_patch():

@@ -17,22 +17,27 @@ from PIL import Image
 import eval as evaluation
 import train
 from conftest import weights
-from data.augment import view_transform
+from data.augment import Preprocessing, view_transform
 from data.birds import Birds
 from data.datasets import Data
-from lodisc import LoDisc, VisionTransformer, load_encoder, momentum_update
+from lodisc import LoDisc, MoCoV3, VisionTransformer, load_encoder, momentum_update
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPTIONS = {  # none is a default
     "arch": "vit_nano", "image_size": 24, "patch_size": 8, "epochs": 3, "warmup_epochs": 0.67,
     "batch_size": 12, "lr": 0.05, "encoder_lr": 0.004, "weight_decay": 0.7, "temperature": 0.35,
-    "momentum": 0.6, "crop_min": 0.5, "seed": 3, "keep_ratio": 0.45, "workers": 0, "device": "cpu"}
+    "hidden_dim": 40, "output_dim": 24, "momentum": 0.6, "crop_min": 0.5, "seed": 3, "workers": 0,
+    "device": "cpu"}
+LOCAL = {"keep_ratio": 0.45, "global_weight": 0.7, "local_weight": 1.6}
 METHODS = {
-    "random tokens": {"mask": "random", "local_input": "tokens"},
-    "least by rollout": {"mask": "least", "importance": "rollout"},
-    "MoCo v3": {"method": "global"},
+    "random tokens": {"mask": "random", "local_input": "tokens", **LOCAL},
+    "least by rollout": {"mask": "least", "importance": "rollout", **LOCAL},
+    "MoCo v3": {"method": "mocov3"},
 }
+
+
+LOSSES = {LoDisc: ["total", "global_loss", "local_loss"], MoCoV3: ["total", "global_loss"]}
 
 
 def flags(options):
@@ -45,13 +50,16 @@ def seed_of(purpose, *numbers):
 
 
 def reference(dataset, options):
-    """Train as train.py should -> (state of the model, rows of losses)."""
+    """Train as train.py should -> (state of the model, rows of {loss: value})."""
     seed, epochs, batch = options["seed"], options["epochs"], options["batch_size"]
     torch.manual_seed(seed)
     encoder = VisionTransformer(options["image_size"], options["patch_size"], 96, 4, 3)
-    names = ("method", "mask", "local_input", "importance", "keep_ratio", "temperature")
-    model = LoDisc(encoder, hidden_dim=512, output_dim=128,
-                   **{name: options[name] for name in names if name in options})
+    names = ["temperature", "hidden_dim", "output_dim"]
+    method = MoCoV3
+    if options.get("method") != "mocov3":
+        names += ["mask", "local_input", "importance", *LOCAL]
+        method = LoDisc
+    model = method(encoder, **{name: options[name] for name in names if name in options})
     model.train()
     heads = [*model.projector.parameters(), *model.predictor.parameters()]
     body = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
@@ -84,8 +92,8 @@ def reference(dataset, options):
         m = 1 - (1 - options["momentum"]) * (1 + math.cos(math.pi * step / total)) / 2
         momentum_update(model.encoder, model.momentum_encoder, m)
         momentum_update(model.projector, model.momentum_projector, m)
-        rows[-1].append([loss.item() for loss in output[:3]])
-    return model.state_dict(), [np.mean(row, axis=0) for row in rows]
+        rows[-1].append([getattr(output, name).item() for name in LOSSES[method]])
+    return model.state_dict(), [dict(zip(LOSSES[method], np.mean(row, axis=0))) for row in rows]
 
 
 @pytest.fixture
@@ -109,9 +117,11 @@ def test_training_matches_the_reference(birds, monkeypatch, method):
         assert torch.allclose(trained[name], tensor, rtol=1e-5, atol=1e-7), name
     with open("run/metrics.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    columns = ["epoch", "step", *losses[0], "lr", "momentum", "images_per_second", "seconds"]
     for row, expected in zip(rows, losses, strict=True):
-        found = [float(row[name]) for name in ("total", "global_loss", "local_loss")]
-        assert found == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-7)
+        assert list(row) == columns
+        logged = {name: float(row[name]) for name in expected}
+        assert logged == pytest.approx(expected, rel=1e-4, abs=1e-7)
     assert [int(row["step"]) for row in rows] == [3, 6, 9]
     assert [float(row["momentum"]) for row in rows] == pytest.approx(
         [1 - 0.4 * (1 + math.cos(math.pi * step / 9)) / 2 for step in (2, 5, 8)])
@@ -131,7 +141,7 @@ def by_hand(encoder, dataset, size):
         pixels = np.asarray(image.crop((edge, edge, edge + size, edge + size))) / 255
         pixels = torch.from_numpy((pixels - MEAN) / STD).float().permute(2, 0, 1)
         with torch.no_grad():
-            rows.append(encoder(pixels[None])[0])
+            rows.append(encoder(pixels[None]))
     return torch.cat(rows)
 
 
@@ -142,19 +152,24 @@ def test_evaluation_has_each_encoder_on_its_own_split(birds, monkeypatch):
 
     def record(name, sets):
         seen.append((name, sets))
-        return {**dict.fromkeys(("top1", "rank1", "mAP"), len(seen) / 100), "per_image": {}}
+        return {**dict.fromkeys(("top1", "rank1", "mAP"), len(seen) / 100), "strength": 0.1,
+                "per_image": {}}
 
     for name in ("linear_probe", "knn", "retrieval"):
         monkeypatch.setattr(evaluation, name, lambda *sets, name=name: record(name, sets))
-    monkeypatch.setattr(train, "run_sheet", lambda *args: drawn.append(args) or Image.new(
-        "L", (9, 9)))
+
+    def draw(*args):
+        drawn.append(args)
+        return Image.new("L", (9, 9))
+
+    monkeypatch.setattr(train, "run_sheet", draw)
     options = OPTIONS | {"lr": 0.5, "encoder_lr": 0.05, "momentum": 0.99}
     train.main([*flags(options), "--out", "run"])
-    encoders = {"raw pixels": lambda images: (F.adaptive_avg_pool2d(images, 16).flatten(1), []),
+    encoders = {"raw pixels": lambda images: F.adaptive_avg_pool2d(images, 16).flatten(1),
                 "untrained": train.build_model(torch.load(
                     "run/checkpoint.pt", weights_only=True)["config"]).encoder,
                 "trained": load_encoder("run")}
-    state, momentum = weights("run"), load_encoder("run", momentum=True)
+    state, momentum = weights("run"), load_encoder("run", use_momentum=True)
     for name, tensor in encoders["trained"].state_dict().items():
         assert torch.equal(tensor, state["encoder." + name])
     for name, tensor in momentum.state_dict().items():
@@ -165,11 +180,12 @@ def test_evaluation_has_each_encoder_on_its_own_split(birds, monkeypatch):
                                for part in birds[:2]]
         for metric, expected in (("linear_probe", (train_set, test_set)),
                                  ("knn", (train_set, test_set)), ("retrieval", (test_set,))):
-            name, found = next(calls)
-            found = [part for part in found if isinstance(part, tuple)]
-            assert name == metric and len(found) == len(expected)
-            for (features, labels), (own, classes) in zip(found, expected):
-                assert torch.allclose(features, own, rtol=1e-3, atol=1e-3), (row, metric)
+            name, arguments = next(calls)
+            given = [part for part in arguments if isinstance(part, tuple)]
+            assert name == metric and len(given) == len(expected)
+            for (features, labels), (reference_features, classes) in zip(given, expected):
+                assert torch.allclose(features, reference_features, rtol=1e-3, atol=1e-3), (
+                    row, metric)
                 assert torch.equal(labels, classes)
     assert not torch.allclose(by_hand(momentum, birds.test, 24), by_hand(
         encoders["trained"], birds.test, 24), atol=0.05)  # the two could be told apart
@@ -217,7 +233,7 @@ def gain(monkeypatch, change=None, options=()):
     config = torch.load(folder / "checkpoint.pt", weights_only=True)["config"]
     rows = evaluation.evaluate({"untrained": train.build_model(config).encoder,
                                 "trained": load_encoder(folder)}, train.load_data("synthetic"),
-                               (48, MEAN, STD), "knn")
+                               Preprocessing(48, MEAN, STD), "knn")
     return rows["trained"]["knn"]["top1"] - rows["untrained"]["knn"]["top1"]
 
 

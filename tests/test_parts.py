@@ -9,10 +9,13 @@ import torch
 from PIL import Image
 
 import eval as evaluation
+import parts
 import train
-from data.birds import Birds, part_labels
+from data.augment import Preprocessing
+from data.birds import Birds
 from data.datasets import Data
 from lodisc import UserError
+from parts import PatchPixels, part_labels
 
 COLOURS = np.array([(20, 20, 20), (220, 30, 30), (30, 220, 30), (30, 30, 220)], dtype=np.uint8)
 SMALL = ["--image-size", "16", "--patch-size", "8", "--epochs", "1", "--batch-size", "50",
@@ -49,8 +52,8 @@ def test_patch_label_is_majority_part_with_ties_to_the_lower():
 
 
 def segment(encoders, train_set, test_set, shots):
-    crop = (16, (0.5,) * 3, (0.5,) * 3)
-    return evaluation.segment_parts(encoders, Data(train_set, test_set), crop, shots)
+    preprocessing = Preprocessing(16, (0.5,) * 3, (0.5,) * 3)
+    return parts.segment_parts(encoders, Data(train_set, test_set), preprocessing, shots)
 
 
 class Deaf(torch.nn.Module):
@@ -59,11 +62,11 @@ class Deaf(torch.nn.Module):
     patch_size = 4
 
     def tokens(self, images):
-        return torch.ones(len(images), 17, 3), []
+        return torch.ones(len(images), 3), torch.ones(len(images), 16, 3)
 
 
 def test_painted_parts_are_segmented_by_pixels_but_not_by_constant_tokens():
-    encoders = {"raw pixels": evaluation.RawPixels(4), "deaf": Deaf()}
+    encoders = {"raw pixels": PatchPixels(4), "deaf": Deaf()}
     rows = segment(encoders, Painted(30, 1), Painted(20, 2), 10)
     found, deaf = rows["raw pixels"]["parts"], rows["deaf"]["parts"]
     assert found["mean_iou"] > 0.99 and found["ground"] > 0.99 and len(found["draws"]) == 10
@@ -82,7 +85,7 @@ def test_mean_iou_matches_loops(monkeypatch):
         return {"per_image": {"predicted": answers[-1].tolist()}}
 
     monkeypatch.setattr(evaluation, "linear_probe", probe)
-    found = segment({"raw pixels": evaluation.RawPixels(4)}, Painted(30, 1), test, 20)
+    found = segment({"raw pixels": PatchPixels(4)}, Painted(30, 1), test, 20)
     found, true, expected = found["raw pixels"]["parts"], test.grids.ravel().tolist(), []
     for answer in answers:
         ious = []
@@ -119,8 +122,7 @@ def test_shots_cover_the_classes_and_are_reproducible(monkeypatch):
 
     monkeypatch.setattr(evaluation, "linear_probe", probe)
     for _ in range(2):
-        evaluation.segment_parts({"raw pixels": evaluation.RawPixels(8)},
-                                 Data(data, Birds("test", 20)), (16, (0.5,) * 3, (0.5,) * 3), 10)
+        segment({"raw pixels": PatchPixels(8)}, data, Birds("test", 20), 10)
     assert all(map(torch.equal, draws[:10], draws[10:]))
     assert not torch.equal(draws[0], draws[1])
     used = seen[0].indices  # of all ten draws; a tensor as index would give another bird
@@ -132,11 +134,11 @@ def test_shots_cover_the_classes_and_are_reproducible(monkeypatch):
 
 def test_shots_cycle_through_the_classes():
     for draw in range(3):
-        by_class = evaluation.shuffled_by_class([i % 4 for i in range(40)], draw)
+        by_class = parts.shuffled_by_class([i % 4 for i in range(40)], draw)
         firsts = [own[0] % 4 for own in by_class]
         assert sorted(firsts) == [0, 1, 2, 3] and all(
             {i % 4 for i in own} == {first} for own, first in zip(by_class, firsts))
-    orders = {tuple(own[0] % 4 for own in evaluation.shuffled_by_class([0, 1, 2, 3] * 9, draw))
+    orders = {tuple(own[0] % 4 for own in parts.shuffled_by_class([0, 1, 2, 3] * 9, draw))
               for draw in range(9)}
     assert len(orders) > 3  # the first classes differ from draw to draw
 
@@ -144,40 +146,40 @@ def test_shots_cycle_through_the_classes():
 @pytest.mark.usefixtures("elsewhere")
 def test_parts_command_on_a_run(few_birds, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "STRENGTHS", (1.0,))
-    monkeypatch.setattr(evaluation, "DRAWS", 3)
+    monkeypatch.setattr(parts, "DRAWS", 3)
     train.main([*SMALL, "run"])
     before = json.loads(Path("run/eval.json").read_text(encoding="utf-8"))
     capsys.readouterr()
     for _ in range(2):  # the second call overwrites parts.png
-        evaluation.main(["parts", "run", "--device", "cpu", "--workers", "0"])
+        parts.main(["run", "--device", "cpu", "--workers", "0"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("mean IoU", "± draws", "body", "head", "wing", "ground",
-                                            "raw pixels", "untrained", "trained"))
+    for name in ("mean IoU", "± draws", "body", "head", "wing", "ground", "raw pixels", "untrained",
+                 "trained"):
+        assert name in printed
     results = json.loads(Path("run/eval.json").read_text(encoding="utf-8"))
     for row in (results, results["untrained"], results["pixels"]):
-        parts = row["parts"]
-        assert 0 < parts["mean_iou"] < 1 and (parts["shots"], len(parts["draws"])) == (10, 3)
+        metrics = row["parts"]
+        assert 0 < metrics["mean_iou"] < 1
+        assert (metrics["shots"], len(metrics["draws"])) == (10, 3)
     assert results["linear"] == before["linear"]
     with Image.open("run/parts.png") as picture:
         assert picture.width > 8 * 128 and picture.height > 3 * 128
-    evaluation.main(["parts", "run", "--shots", "4", "--device", "cpu", "--workers", "0",
-                     "--out", "four.png"])
+    parts.main(["run", "--shots", "4", "--device", "cpu", "--workers", "0", "--out", "four.png"])
     results = json.loads(Path("run/eval.json").read_text(encoding="utf-8"))
     assert results["4 shots"]["parts"]["shots"] == 4 and results["parts"]["shots"] == 10
     for shots in ("1", "201"):
         with pytest.raises(UserError, match=rf"--shots must be in \[2, 200\], got {shots}"):
-            evaluation.main(["parts", "run", "--shots", shots, "--device", "cpu"])
+            parts.main(["run", "--shots", shots, "--device", "cpu"])
     evaluation.main(["export", "run", "--out", "weights.pth", "--device", "cpu"])
-    evaluation.main(["parts", "weights.pth", "--data", "synthetic", "--device", "cpu",
-                     "--workers", "0"])
+    parts.main(["weights.pth", "--data", "synthetic", "--device", "cpu", "--workers", "0"])
     assert "published" in capsys.readouterr().out and Path("parts.png").is_file()
     with pytest.raises(UserError, match="parts.png: expected a new file"):
-        evaluation.main(["parts", "weights.pth", "--data", "synthetic", "--device", "cpu"])
+        parts.main(["weights.pth", "--data", "synthetic", "--device", "cpu"])
 
 
 @pytest.mark.usefixtures("elsewhere")
 def test_parts_need_part_maps(flowers):
     train.main(["--data", str(flowers), "--arch", "vit_nano", *SMALL, "run", "--batch-size", "12"])
     with pytest.raises(UserError, match="has no part maps; the drawn birds") as error:
-        evaluation.main(["parts", "run", "--device", "cpu"])
+        parts.main(["run", "--device", "cpu"])
     assert "\n" not in str(error.value)

@@ -23,26 +23,41 @@ import train
 from conftest import same, weights
 from data import augment
 from data.augment import Batches, TwoViews, mix_seed
-from lodisc import METHODS, LoDisc, UserError, contrastive_loss, create_vit, gather
+from lodisc import LoDisc, MoCoV3, UserError, contrastive_loss, create_vit, gather_keys
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(__file__).parent.parent
-BASELINES = ROOT / "tests" / "baselines.py"
+BASELINES = ROOT / "tests" / "baselines"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
             ROOT / "train.py"]
 SMALL = ["--arch", "vit_nano", "--image-size", "16", "--patch-size", "8", "--warmup-epochs", "0",
          "--batch-size", "12", "--device", "cpu"]
 
 
-def model_and_views(method):
+VARIANTS = {"mocov3": (MoCoV3, {}), "lodisc": (LoDisc, {}),
+            "weighted": (LoDisc, {"global_weight": 0.5, "local_weight": 2.0}),
+            "local": (LoDisc, {"global_weight": 0.0})}
+
+
+def model_and_views(variant):
     """Return a float64 model without BatchNorm, whose statistics are per rank on a CPU; views."""
     torch.manual_seed(0)
-    model = LoDisc(create_vit("vit_nano", 32, 8), method, hidden_dim=64, output_dim=32).double()
+    method, options = VARIANTS[variant]
+    encoder = create_vit("vit_nano", 32, 8)
+    model = method(encoder, hidden_dim=64, output_dim=32, **options).double()
     for head in (model.projector, model.predictor, model.momentum_projector):
         for i, module in enumerate(head):
             if isinstance(module, nn.BatchNorm1d):
                 head[i] = nn.Identity()
     return model, torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)
+
+
+def losses_and_gradients(model, output):
+    """Return the losses of an output, total first, and the gradients of the total."""
+    output.total.backward()
+    losses = [value for name, value in output._asdict().items() if name != "masks"]
+    return (torch.stack(losses).detach(),
+            [parameter.grad for parameter in model.parameters() if parameter.requires_grad])
 
 
 def wait_for_rank_0(rank, folder):
@@ -57,12 +72,12 @@ def wait_for_rank_0(rank, folder):
     def fail():
         raise UserError("of rank 0")
 
-    found = [train.rank_0_first(work, rank, 2)]
+    results = [train.rank_0_first(work, rank, 2)]
     try:
         train.rank_0_first(fail, rank, 2)
     except (UserError, SystemExit) as error:
-        found.append(f"{type(error).__name__} {error}")
-    return found
+        results.append(f"{type(error).__name__} {error}")
+    return results
 
 
 def run_rank(rank, folder, data, port):
@@ -72,17 +87,14 @@ def run_rank(rank, folder, data, port):
     waited = wait_for_rank_0(rank, folder)
     dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/second", **options)
-    keys, offset = gather(torch.full((2, 3), float(rank)))
+    keys, offset = gather_keys(torch.full((2, 3), float(rank)))
     assert offset == 2 * rank and keys[:, 0].tolist() == [0, 0, 1, 1] and not keys.requires_grad
     results = {"waited": waited}
-    for method in METHODS:
-        model, views = model_and_views(method)
+    for variant in VARIANTS:
+        model, views = model_and_views(variant)
         view1, view2 = views[:, 4 * rank:4 * rank + 4]
-        parallel = DistributedDataParallel(model)
-        output = parallel(view1, view2)
-        output.total.backward()
-        results[method] = {"losses": torch.stack(output[:3]).detach(),
-                           "gradients": [p.grad for p in model.parameters() if p.requires_grad]}
+        parallel = DistributedDataParallel(model)  # must live until the backward pass
+        results[variant] = losses_and_gradients(model, parallel(view1, view2))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
     os.environ.update(TORCHELASTIC_RUN_ID="as by torchrun", RANK=str(rank), LOCAL_RANK=str(rank),
@@ -92,7 +104,7 @@ def run_rank(rank, folder, data, port):
 
 
 def test_two_ranks_match_loss_and_gradients_of_one(tmp_path, flowers):
-    """Check the loss and gradients of all methods, that rank 0 may take its time before the others
+    """Check losses and gradients of all methods, that rank 0 may take its time before the others
     begin, and the losses that a run of both writes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -103,23 +115,23 @@ def test_two_ranks_match_loss_and_gradients_of_one(tmp_path, flowers):
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert [rank.pop("waited") for rank in ranks] == [[0, "UserError of rank 0"],
                                                       [1, "SystemExit 2"]]
-    for method in METHODS:
-        model, (view1, view2) = model_and_views(method)
-        output = model(view1, view2)
-        output.total.backward()
-        own, other = (rank[method]["losses"] for rank in ranks)
-        assert ((own + other) / 2 - torch.stack(output[:3])).abs().max() < 1e-10
-        assert (own - other).abs().max() > 1e-6  # each rank has half of the batch
-        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    for variant in VARIANTS:
+        model, (view1, view2) = model_and_views(variant)
+        losses, gradients = losses_and_gradients(model, model(view1, view2))
+        (losses_0, gradients_0), (losses_1, gradients_1) = (rank[variant] for rank in ranks)
+        assert len(losses) == (2 if variant == "mocov3" else 3)
+        assert ((losses_0 + losses_1) / 2 - losses).abs().max() < 1e-10
+        assert (losses_0 - losses_1).abs().max() > 1e-6  # each rank has half of the batch
         assert max(gradient.abs().max() for gradient in gradients) > 1e-3
-        for rank in ranks:
-            for theirs, ours in zip(rank[method]["gradients"], gradients, strict=True):
+        for gradients_of_rank in (gradients_0, gradients_1):
+            for theirs, ours in zip(gradients_of_rank, gradients, strict=True):
                 assert (theirs - ours).abs().max() < 1e-10
 
 
-def test_gather_without_process_group_returns_the_keys():
+def test_gather_keys_without_process_group_returns_the_keys():
     keys = torch.randn(4, 3)
-    assert gather(keys)[0] is keys and gather(keys)[1] == 0
+    gathered, offset = gather_keys(keys)
+    assert gathered is keys and offset == 0
 
 
 def files(folder):
@@ -147,43 +159,54 @@ def test_torchrun_writes_once_and_matches_evaluation_of_one_process(flowers, cap
     check_losses("whole", train.load_data(str(flowers)).train)
 
 
+def sum_of_contrasts(model, halves, keys, rank):
+    """Contrast a rank's queries of each view with both ranks' keys of the other view."""
+    loss = 0.0
+    for view in (0, 1):
+        query = model.query(halves[rank][view])
+        loss += contrastive_loss(query, torch.cat(keys[1 - view]), 0.2, 6 * rank).item()
+    return loss
+
+
 @torch.no_grad()
 def check_losses(folder, dataset):
     """Check that metrics.csv has the mean over both ranks, recomputed here at learning rate 0."""
-    settings = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)["config"]
-    model, per_rank, step = train.build_model(settings).train(), [], 0
-    views = TwoViews(dataset, 16, settings["mean"], settings["std"], 0, settings["crop_min"])
+    config = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)["config"]
+    model, per_rank, step = train.build_model(config).train(), [], 0
+    views = TwoViews(dataset, train.preprocessing_of(config), 0, config["crop_min"])
     batches = Batches(len(dataset), 12, 0)
-    for pairs in [pairs for batches.epoch in range(2) for pairs in batches]:
-        view1, view2 = map(torch.stack, zip(*(views[pair] for pair in pairs)))
-        halves = [(view1[:6], view2[:6]), (view1[6:], view2[6:])]  # BatchNorm sees one of them
-        keys = [[model.global_key(half[view])[0] for half in halves] for view in (0, 1)]
-        draws = [torch.Generator().manual_seed(mix_seed(augment.MASKS, 0, step, rank))
-                 for rank in (0, 1)]  # each rank draws its own masks
-        local = [[model.local_key(half[view], model.pivotal_mask(half[view], None, draw))
-                  for half, draw in zip(halves, draws)] for view in (0, 1)]
-        for kind in (keys, local):
-            per_rank.append([sum(contrastive_loss(model.query(half[view]),
-                                                  torch.cat(kind[1 - view]), 0.2, 6 * rank)
-                                 for view in (0, 1)).item()
-                             for rank, half in enumerate(halves)])
-        step += 1
+    for batches.epoch in range(2):
+        for pairs in batches:
+            view1, view2 = map(torch.stack, zip(*(views[pair] for pair in pairs)))
+            halves = [(view1[:6], view2[:6]), (view1[6:], view2[6:])]  # BatchNorm sees one of them
+            global_keys, local_keys = ([], []), ([], [])  # of each view, of both ranks
+            for rank, half in enumerate(halves):
+                # each rank draws its own masks
+                mask_seed = mix_seed(augment.MASK_NOISE, 0, step, rank)
+                generator = torch.Generator().manual_seed(mask_seed)
+                for view in (0, 1):
+                    key, mask = model.key_and_mask(half[view], generator)
+                    global_keys[view].append(key)
+                    local_keys[view].append(model.local_key(half[view], mask))
+            for keys in (global_keys, local_keys):
+                per_rank.append([sum_of_contrasts(model, halves, keys, rank) for rank in (0, 1)])
+            step += 1
     with open(Path(folder, "metrics.csv"), encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     losses = torch.tensor(per_rank).unflatten(0, (2, 3, 2))  # (epochs, steps, losses, ranks)
     for i, name in enumerate(("global_loss", "local_loss")):
-        found = [float(row[name]) for row in rows]
-        assert found == pytest.approx(losses[:, :, i].mean((1, 2)).tolist(), rel=1e-4)
-        assert found != pytest.approx(losses[:, :, i, 0].mean(1).tolist(), rel=1e-3)
+        logged = [float(row[name]) for row in rows]
+        assert logged == pytest.approx(losses[:, :, i].mean((1, 2)).tolist(), rel=1e-4)
+        assert logged != pytest.approx(losses[:, :, i, 0].mean(1).tolist(), rel=1e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [[], [f"{BASELINES}:CVSA"],
-                                    [f"{BASELINES}:PARTICLE", "--method-option", "parts=2"]],
-                         ids=["lodisc", "CVSA", "PARTICLE"])
+@pytest.mark.parametrize("method", [
+    [], ["--method", f"{BASELINES}/cvsa.py:CVSA"],
+    ["--method", f"{BASELINES}/particle.py:PARTICLE", "--method-option", "clusters=2"]],
+    ids=["lodisc", "CVSA", "PARTICLE"])
 def test_torchrun_resumes_bit_exactly_after_sigkill(method, flowers):
-    options = ["--data", flowers / "train", *SMALL, "--workers", "1", "--epochs", "12",
-               *["--method"] * bool(method), *method]
+    options = ["--data", flowers / "train", *SMALL, "--workers", "1", "--epochs", "12", *method]
     process = subprocess.Popen([*TORCHRUN, *options, "--out", "killed"], text=True,
                                start_new_session=True, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL)
@@ -210,18 +233,18 @@ def test_divergence_is_reported_once(flowers):
     assert not Path("run").exists()
 
 
-def test_more_ranks_than_images_is_an_error():
+def default_config(num_images, processes=1):
     given, defaults = train.parse_args([])
-    config = {**defaults, **given}
-    train.fill_defaults(config, torch.device("cpu"), 5, 8)
+    return train.fill_defaults({**defaults, **given}, torch.device("cpu"), num_images, processes)
+
+
+def test_more_ranks_than_images_is_an_error():
     with pytest.raises(UserError, match=r"--batch-size must be in \[16, 5\]"):
-        train.check_settings(config, 8)
+        train.check_settings(default_config(5, 8), 8)
 
 
 def test_batch_size_not_divisible_by_ranks_raises():
-    given, defaults = train.parse_args([])
-    config = {**defaults, **given}
-    train.fill_defaults(config, torch.device("cpu"), 2000)
+    config = default_config(2000)
     with pytest.raises(UserError, match="a multiple of 2, got 5"):
         train.check_settings({**config, "batch_size": 5}, 2)
     with pytest.raises(UserError, match=r"\[8, 2000\]"):
@@ -231,9 +254,7 @@ def test_batch_size_not_divisible_by_ranks_raises():
 @pytest.mark.parametrize("processes, images, batch_size", [(1, 2000, 128), (3, 2000, 126),
                                                            (8, 100, 96), (3, 7, 6)])
 def test_default_batch_size_is_a_multiple_of_the_ranks(processes, images, batch_size):
-    given, defaults = train.parse_args([])
-    config = {**defaults, **given}
-    train.fill_defaults(config, torch.device("cpu"), images, processes)
+    config = default_config(images, processes)
     train.check_settings(config, processes)
     assert config["batch_size"] == batch_size
 
@@ -257,8 +278,8 @@ def test_mistake_is_printed_by_one_rank(flowers, mistake):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_image_that_one_rank_cannot_read_is_named_once(flowers, rank):
     dataset = train.load_data(str(flowers)).train
-    own = {index for _, index in next(iter(Batches(36, 12, 0, rank, 2)))}
-    index = min(own - set(train.example_indices(dataset.targets)))  # those are of rank 0
+    of_rank = {index for _, index in next(iter(Batches(36, 12, 0, rank, 2)))}
+    index = min(of_rank - set(train.example_indices(dataset.targets)))  # those are of rank 0
     broken = Path(dataset.paths[index])
     broken.write_bytes(b"no image")
     done = subprocess.run([*TORCHRUN, "--data", flowers, *SMALL, "--workers", "1"], text=True,

@@ -12,18 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-import assignment
 import benchmark
 import eval as evaluation
-import experiments
+import make
+import parts
+import tables
 import train
 from data.datasets import NAMES
 from lodisc import (ARCHITECTURES, IMPORTANCES, LOCAL_INPUTS, MASKS, METHODS, LoDisc, LoDiscOutput,
-                    create_vit)
+                    MoCoV3, create_vit)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path: path.read_text(encoding="utf-8") for path in (
-    ROOT / "README.md", ROOT / "data" / "README.md", ROOT / "tests" / "RESULTS.md")
+    ROOT / "README.md", ROOT / "data" / "README.md", ROOT / "tests" / "experiments" / "RESULTS.md")
     if path.exists()}
 README = PAGES[ROOT / "README.md"]
 MODULES = ("lodisc.py", "train.py", "eval.py", "data/augment.py", "data/birds.py",
@@ -32,16 +33,18 @@ OTHERS = {"Caltech101": "torchvision.datasets", "FGVCAircraft": "torchvision.dat
           "ImageFolder": "torchvision.datasets", "StanfordCars": "torchvision.datasets",
           "nn.Module": "torch.nn", "torch.compile": "torch"}  # of libraries: where they are
 PARSERS = {"train.py": train.parse_args, "eval.py": evaluation.parse_args,
-           "tests/experiments.py": experiments.parse_args,
-           "tests/benchmark.py": benchmark.parse_args,
-           "tests/assignment.py": lambda words: Path(*words),
-           "tests/weights_from_onnx.py": list}
+           "tests/experiments/tables.py": tables.parse_args,
+           "tests/experiments/benchmark.py": benchmark.parse_args,
+           "tests/experiments/parts.py": parts.parse_args,
+           "tests/experiments/localisation.py": lambda words: Path(*words),
+           "tests/assignment/make.py": lambda words: Path(*words),
+           "tests/experiments/weights_from_onnx.py": list}
 # metrics.csv's columns, the checkpoint's record, a method's attributes and arguments, option values
 WORDS = {"epoch", "step", *LoDiscOutput._fields, "loss", "lr", "images_per_second", "seconds",
-         "config", *inspect.signature(LoDisc).parameters, "momentum_encoder",
+         "config", *LoDisc.OPTIONS, "encoder", "momentum_encoder",
          *inspect.signature(LoDisc.forward).parameters, "datasets",
          *ARCHITECTURES, *METHODS, *MASKS, *IMPORTANCES, *LOCAL_INPUTS, *NAMES, *train.WEIGHTS,
-         *train.parse_args([])[1], *experiments.TABLES, "class", "mean", "masks", "parts", "export"}
+         *train.parse_args([])[1], *tables.TABLES, "class", "mean", "masks", "export"}
 LEFT_BY_A_RUN = {"config.json", "metrics.csv", "checkpoint.pt", "eval.json", "per_image.json",
                  "run.png", "masks.png", "parts.png", "encoder.pth"}
 FENCED = re.compile(r"^ *(```|~~~)(.*)\n((?:.*\n)*?) *\1", re.M)
@@ -63,9 +66,11 @@ def spans(text):
 
 
 def all_commands():
-    found = [command for text in PAGES.values() for command in commands(text)
-             + [span for span in spans(text) if re.match(r"(python|torchrun) ", span)]]
-    return sorted({command.split("#")[0].strip() for command in found})
+    lines = []
+    for text in PAGES.values():
+        lines += commands(text)
+        lines += [span for span in spans(text) if re.match(r"(python|torchrun) ", span)]
+    return sorted({line.split("#")[0].strip() for line in lines})
 
 
 @pytest.mark.parametrize("begin, end", [("", ""), *((f"{fence}{language}\n", f"{fence}\n") for
@@ -75,15 +80,15 @@ def test_commands_found_in_any_block(begin, end):
     indent = "" if begin else "    "
     lines = ["python train.py --epochs \\", "    3 --lr 1", "$ torchrun train.py  # 8", "x = 1"]
     text = f"Words\n\n{begin}" + "".join(indent + line + "\n" for line in lines) + end + "\nWords\n"
-    found = [re.sub(" +", " ", command) for command in commands(2 * text)]
-    assert found == 2 * ["python train.py --epochs 3 --lr 1", "torchrun train.py # 8"]
+    lines = [re.sub(" +", " ", command) for command in commands(2 * text)]
+    assert lines == 2 * ["python train.py --epochs 3 --lr 1", "torchrun train.py # 8"]
     assert spans(text + "`a  b`") == ["a b"]
 
 
 @cache
 def defined_names():
     """The names that this project's own modules define: functions, classes, constants, methods as
-    Class.method, also of base classes here, and attributes set on self."""
+    Class.method, also of base classes here, and attributes of a class or set on self."""
     names, classes = set(), {}
     for module in MODULES:
         for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
@@ -96,6 +101,9 @@ def defined_names():
                 members = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
                 members |= {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)
                             and isinstance(part.ctx, ast.Store)}
+                for part in node.body:
+                    if isinstance(part, ast.Assign):
+                        members |= {getattr(target, "id", "") for target in part.targets}
                 for base in node.bases:
                     members |= classes.get(getattr(base, "id", ""), set())
                 classes[node.name] = members
@@ -108,7 +116,7 @@ def exists(name):
     if name in OTHERS:
         return hasattr(importlib.import_module(OTHERS[name]), name.split(".")[-1])
     return name in WORDS | LEFT_BY_A_RUN | defined_names() or any(
-        (ROOT / folder / name).exists() for folder in ("", "data", "tests"))
+        (ROOT / folder / name).exists() for folder in ("", "data", "tests", "tests/experiments"))
 
 
 @pytest.mark.parametrize("name", sorted({
@@ -131,14 +139,14 @@ def test_links_resolve():
 
 
 def test_options_exist(capsys):
-    known = {"--nproc_per_node", "--nproc", "--rounds", "--help"}
-    for parse in (train.parse_args, evaluation.parse_args, experiments.parse_args):
+    existing = {"--nproc_per_node", "--nproc", "--rounds", "--help"}
+    for parse in (train.parse_args, evaluation.parse_args, tables.parse_args):
         with pytest.raises(SystemExit):
             parse(["--help"])
-        known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+        existing |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     texts = [span for text in PAGES.values() for span in spans(text) if span.startswith("--")]
-    found = re.findall(r"(?<!\S)--[a-z][a-z_-]*", "\n".join(texts + all_commands()))
-    assert found and set(found) <= known
+    named = re.findall(r"(?<!\S)--[a-z][a-z_-]*", "\n".join(texts + all_commands()))
+    assert named and set(named) <= existing
 
 
 @pytest.mark.parametrize("line", all_commands())
@@ -167,20 +175,16 @@ def test_commands_parse(line):
 @torch.no_grad()
 def test_shapes_match_the_model():
     """Check the walk-through's shapes for the default run's batch."""
-    model, seen = LoDisc(create_vit("vit_nano", 48, 8), hidden_dim=512, output_dim=128), {}
-    for name in ("query", "global_key", "local_key"):
-        def call(*args, method=getattr(model, name), name=name):
-            seen[name] = method(*args)
-            return seen[name]
-        setattr(model, name, call)
+    model = LoDisc(create_vit("vit_nano", 48, 8), hidden_dim=512, output_dim=128)
     views = torch.randn(2, 128, 3, 48, 48)
-    out = model(*views)
-    key, attentions = seen["global_key"]
-    tensors = {"views": views[0], "queries": seen["query"], "keys": key, "row": attentions[0],
-               "mask": out.masks[0], "local": seen["local_key"],
-               "tokens": model.encoder.tokens(views[0])[0],
-               "features": model.encoder(views[0])[0]}
-    assert len(attentions) == 4 and out.masks[0].sum(1).eq(10).all()
+    key, mask = model.key_and_mask(views[0])
+    features, rows = model.encoder.with_attention(views[0], "row")
+    class_token, patches = model.encoder.tokens(views[0])
+    tokens = torch.cat([class_token[:, None], patches], dim=1)
+    tensors = {"views": views[0], "queries": model.query(views[0]), "keys": key, "row": rows[0],
+               "mask": mask, "local": model.local_key(views[0], mask), "tokens": tokens,
+               "features": features}
+    assert len(rows) == 4 and mask.sum(1).eq(10).all()
     for name, tensor in tensors.items():
         assert str(tuple(tensor.shape)) in README, name
 
@@ -192,20 +196,22 @@ def test_python_blocks_run(few_birds, elsewhere, quick_probe):
     Image.new("RGB", (60, 50), (90, 80, 200)).save("photos/bird.jpg")
     small = ["--image-size", "16", "--epochs", "1", "--batch-size", "100", "--device", "cpu",
              "--workers", "0"]
-    train.main([*small, "--method", "global", "--out", "runs/synthetic-lodisc-1"])
+    train.main([*small, "--method", "mocov3", "--out", "runs/synthetic-lodisc-1"])
     features, methods = [], []
     for i, block in enumerate(blocks):
         names = {}
         exec(block, names)
-        features += [names["features"]] if "features" in names else []
-        for name in [name for name, value in names.items() if isinstance(value, type)
-                     and issubclass(value, LoDisc) and value is not LoDisc]:
-            Path(f"method_{i}.py").write_text(block)
-            train.main([*small, "--method", f"method_{i}.py:{name}", "--out", f"runs/{name}"])
-            methods.append(name)
+        if "features" in names:
+            features.append(names["features"])
+        for name, value in names.items():
+            if isinstance(value, type) and issubclass(value, MoCoV3) and value not in (MoCoV3,
+                                                                                       LoDisc):
+                Path(f"method_{i}.py").write_text(block)
+                train.main([*small, "--method", f"method_{i}.py:{name}", "--out", f"runs/{name}"])
+                methods.append(name)
     assert methods and features and all(tensor.shape == (1, 96) for tensor in features)
 
 
 def test_number_of_exercises():
-    count = sum(len(names) for _, names in assignment.EXERCISES.values())
+    count = sum(len(names) for _, names in make.EXERCISES.values())
     assert f"bodies of {['nine', 'ten', 'eleven', 'twelve'][count - 9]} functions" in README

@@ -1,6 +1,7 @@
-"""Runs that are killed, interrupted, or run out of disk space."""
+"""Runs that are killed, interrupted, out of disk space, or of an older version."""
 
 import csv
+import json
 import os
 import random
 import re
@@ -114,9 +115,11 @@ def test_run_killed_within_an_epoch_resumes_from_its_start(flowers, monkeypatch,
 def test_only_movable_settings_change_with_resume(flowers, capsys):
     options = options_of(flowers, 2)
     train.main([*options, "run"])
-    for odd in (["--epochs", "3"], ["--seed", "1"], ["--method", "global"]):
-        with pytest.raises(UserError, match=f"other settings for {odd[0][2:]}"):
-            train.main(["--resume", "run", *odd])
+    for option in (["--epochs", "3"], ["--seed", "1"], ["--method", "mocov3"],
+                   ["--local-weight", "2"], ["--hidden-dim", "40"]):
+        name = option[0][2:].replace("-", "_")
+        with pytest.raises(UserError, match=f"other settings for {name}; leave"):
+            train.main(["--resume", "run", *option])
     train.main(["--resume", "run", *options[:-1]])  # the same settings
     shutil.move(flowers, "moved")
     train.main(["--resume", "run", "--data", "moved/train", "--workers", "1", "--device", "cpu"])
@@ -222,15 +225,15 @@ def test_checkpoint_has_film_and_random_state(flowers, monkeypatch):
     checkpoint = torch.load("whole/checkpoint.pt", weights_only=True)
     config, film = checkpoint["config"], checkpoint["film"]
     assert [epoch for epoch, _ in film] == [0, 1, 2, 3, 4]
-    plain = train.augment.Plain(train.load_data(config["data"]).train, config["image_size"],
-                                config["mean"], config["std"])
+    plain = train.augment.Plain(train.load_data(config["data"]).train,
+                                train.preprocessing_of(config))
     images = torch.stack([plain[i * len(plain) // 8][0] for i in range(8)])
     model = train.build_model(config)
     for _, mask in film:
         assert mask.shape == (8, 4) and mask.dtype == torch.bool and (mask.sum(1) == 1).all()
-    assert torch.equal(film[0][1], model.masks(images))
+    assert torch.equal(film[0][1], model.pivotal_patches(images))
     model.load_state_dict(weights("whole"))
-    assert torch.equal(film[-1][1], model.masks(images))
+    assert torch.equal(film[-1][1], model.pivotal_patches(images))
 
     drawn, real = [], LoDisc.update_momentum
 
@@ -276,3 +279,82 @@ def test_nan_never_reaches_a_checkpoint(flowers, monkeypatch, what):
     checkpoint = torch.load("bad/checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 3 and len(rows("bad")) == 1
     assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+
+
+# --- checkpoints of the version whose methods were lodisc, global and local -------------------
+
+
+LOSSES = ("total", "global_loss", "local_loss")
+
+
+def make_older(folder, method):
+    """Rewrite a run's files as the older version did: without weights, with both losses."""
+    checkpoint = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+    config = checkpoint["config"]
+    config["method"] = method
+    del config["global_weight"], config["local_weight"]
+    unused = {"global": "local_loss", "local": "global_loss"}.get(method)
+    history = []
+    for row in checkpoint["history"]:
+        losses = {name: 0.0 if name == unused else row[name] for name in LOSSES}
+        first_columns = {"epoch": row["epoch"], "step": row["step"], **losses}
+        history.append({**first_columns, **row, **losses})
+    train.save_checkpoint(Path(folder), **(checkpoint | {"history": history}))
+
+
+def columns(folder):
+    """Return a run's metrics.csv as {name: values}, without those of time."""
+    with open(Path(folder) / "metrics.csv", newline="", encoding="utf-8") as file:
+        header, *lines = csv.reader(file)
+    assert all(len(line) == len(header) for line in lines)
+    table = dict(zip(header, zip(*lines)))
+    del table["seconds"], table["images_per_second"]
+    return table
+
+
+def results(folder):
+    return json.loads((Path(folder) / "eval.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("method, options, other", [
+    ("global", ["--method", "mocov3"], ["--method", "lodisc"]),
+    ("local", ["--method", "lodisc", "--global-weight", "0"], ["--global-weight", "1"]),
+    ("lodisc", ["--method", "lodisc"], ["--method", "mocov3"])])
+def test_run_of_an_older_version_resumes_bit_exactly(flowers, monkeypatch, quick_probe, method,
+                                                     options, other):
+    """Stop after the first of three epochs, rewrite the checkpoint, evaluate it, and continue."""
+    real = train.save_checkpoint
+
+    def save(folder, **contents):
+        real(folder, **contents)
+        if contents["step"] == 3:
+            for copy in ("old", "new"):
+                shutil.copytree(folder, copy)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", save)
+        train.main(["--data", str(flowers), *SMALL, "--epochs", "3", "--workers", "0", *options,
+                    "--out", "whole"])
+    make_older("old", method)
+    assert list(columns("old")) == ["epoch", "step", *LOSSES, "lr", "momentum"]
+    for folder in ("old", "new"):
+        evaluation.main(["all", folder, "--workers", "0"])
+        evaluation.main(["masks", folder, "--workers", "0"])
+    assert results("old") == results("new")
+    assert Path("old/masks.png").read_bytes() == Path("new/masks.png").read_bytes()
+    with pytest.raises(UserError, match=f"other settings for {other[0][2:].replace('-', '_')}"):
+        train.main(["--resume", "old", *other])
+    train.main(["--resume", "old", *options])
+    assert same(weights("old"), weights("whole")) and results("old") == results("whole")
+    old, whole = (torch.load(f"{folder}/checkpoint.pt", weights_only=True)
+                  for folder in ("old", "whole"))
+    assert old["config"] == whole["config"]
+    assert all(torch.equal(masks, again) for (_, masks), (_, again) in zip(
+        old["film"], whole["film"], strict=True))
+    table, expected = columns("old"), columns("whole")
+    assert list(table) == list(expected)
+    if method == "local":  # not measured in the older version
+        assert table["global_loss"] == ("0.0", *expected["global_loss"][1:])
+        del table["global_loss"], expected["global_loss"]
+    assert table == expected
+    assert ("local_loss" in table) == (method != "global")

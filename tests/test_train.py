@@ -1,5 +1,6 @@
 """train.py and eval.py as a user runs them, on a small ImageFolder."""
 
+import copy
 import csv
 import json
 import math
@@ -53,7 +54,8 @@ def test_run_writes_checkpoint_metrics_and_results(flowers, capsys, quick_probe)
     encoder = load_encoder(folder)
     assert encoder.image_size == 16 and len(encoder.mean) == len(encoder.std) == 3
     assert not encoder.training
-    online, momentum = weights(folder), load_encoder(folder / "checkpoint.pt", momentum=True)
+    online = weights(folder)
+    momentum = load_encoder(folder / "checkpoint.pt", use_momentum=True)
     assert torch.equal(encoder.norm.weight, online["encoder.norm.weight"])
     assert torch.equal(momentum.norm.weight, online["momentum_encoder.norm.weight"])
     assert not torch.equal(encoder.norm.weight, momentum.norm.weight)
@@ -115,7 +117,7 @@ def test_incomplete_last_batch_is_dropped(flowers):
 
 
 @pytest.mark.parametrize("options", [  # others: test_loop.py
-    ["--method", "local"], ["--mask", "block"], ["--importance", "last"], ["--amp", "bf16"]])
+    ["--global-weight", "0"], ["--mask", "block"], ["--importance", "last"], ["--amp", "bf16"]])
 def test_every_variant_trains(flowers, options):
     train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", "--out", "run"])
     train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", *options, "--out",
@@ -123,8 +125,8 @@ def test_every_variant_trains(flowers, options):
     with open("new/metrics.csv", newline="", encoding="utf-8") as file:
         row = next(csv.DictReader(file))
     assert math.isfinite(float(row["total"])) and float(row["total"]) > 0
-    if options[0] == "--method":
-        assert float(row["global_loss"]) == 0
+    if options[0] == "--global-weight":
+        assert float(row["total"]) == float(row["local_loss"]) and float(row["global_loss"]) > 0
     assert not same(weights("run"), weights("new"))
 
 
@@ -139,33 +141,76 @@ def test_weights_depend_on_the_seed_but_not_on_workers(flowers, mask):
 
 
 def chosen(*arguments, device="cpu", num_images=1088):
-    given, defaults = train.parse_args([*arguments])
-    config = {**defaults, **given}
-    train.fill_defaults(config, torch.device(device), num_images)
-    train.check_settings(config, 1)
-    return config
+    """Return the settings of a run that begins with these arguments; nothing is trained."""
+    run = train.Run([*arguments])
+    run.device = torch.device(device)
+    run.choose_settings(num_images)
+    train.check_settings(run.config, 1)
+    return run.config
 
 
 @pytest.mark.parametrize("options, device, expected", [
     ([], "cpu", dict(arch="vit_nano", image_size=48, patch_size=8, epochs=10, warmup_epochs=1,
-                     batch_size=128, lr=4e-3, encoder_lr=2e-3, momentum=0.9, crop_min=0.08)),
+                     batch_size=128, lr=4e-3, encoder_lr=2e-3, momentum=0.9, crop_min=0.08,
+                     hidden_dim=512, output_dim=128)),
     (["--data", "DIR"], "cpu", dict(arch="vit_nano", image_size=48, epochs=46, warmup_epochs=2,
-                                    batch_size=64, lr=4e-3, encoder_lr=1e-3, momentum=0.9)),
+                                    batch_size=64, lr=4e-3, encoder_lr=1e-3, momentum=0.9,
+                                    hidden_dim=512, output_dim=128)),
     (["--data", "DIR"], "cuda", dict(arch="vit_small", image_size=224, patch_size=16, epochs=100,
                                      warmup_epochs=10, batch_size=256, lr=1e-3, encoder_lr=1e-3,
-                                     momentum=0.99, crop_min=0.08)),
+                                     momentum=0.99, crop_min=0.08, hidden_dim=4096,
+                                     output_dim=256)),
 ])
 def test_recipes_from_scratch(options, device, expected, capsys):
     config = chosen(*options, device=device)
     assert {name: config[name] for name in expected} == expected
-    assert ("chosen (scratch" in capsys.readouterr().out) == bool(options)
+    printed = capsys.readouterr().out
+    if options:
+        assert printed.startswith(f"chosen (scratch, {'CPU' if device == 'cpu' else 'GPU'}): ")
+        assert all(f"{name} {value}" in printed for name, value in expected.items())
+    else:
+        assert printed == ""
+
+
+def test_width_of_the_heads_follows_the_encoder_unless_given(capsys):
+    for arch, widths in (("vit_nano", (512, 128)), ("vit_tiny", (4096, 256))):
+        config = chosen("--data", "DIR", "--arch", arch)
+        assert (config["hidden_dim"], config["output_dim"]) == widths
+    capsys.readouterr()
+    config = chosen("--data", "DIR", "--hidden-dim", "40", "--output-dim", "24")
+    assert (config["hidden_dim"], config["output_dim"]) == (40, 24)
+    printed = capsys.readouterr().out  # what was given was not chosen
+    assert "arch vit_nano" in printed and "hidden_dim" not in printed
+
+
+@pytest.mark.parametrize("options", [["--data", "DIR", "--method-option", "a=1"],
+                                     ["--data", "DIR", "--init", "FILE", "--epochs", "2"], []])
+def test_filling_in_the_defaults_changes_and_prints_nothing(options, monkeypatch, capsys):
+    given, defaults = train.parse_args(options)
+    encoder = VisionTransformer(32, 8, 48, 1, 3)
+    encoder.config = {}
+    settings = {**defaults, **given}
+    init = encoder if "init" in given else None
+    before, recipes = copy.deepcopy(settings), copy.deepcopy(train.RECIPES)
+    sizes = copy.deepcopy(train.ARCHITECTURES)
+    for name in ("train.load_encoder", "train.read_weights", "builtins.open"):
+        monkeypatch.setattr(name, None)  # nothing is read
+    first = train.fill_defaults(settings, torch.device("cpu"), 1088, 1, init)
+    again = train.fill_defaults(settings, torch.device("cpu"), 1088, 1, init)
+    assert settings == before and first == again and first is not settings
+    assert train.RECIPES == recipes and train.ARCHITECTURES == sizes
+    assert capsys.readouterr() == ("", "")
+    assert None not in first.values() and "method_option" not in first
+    assert all(first[name] == value for name, value in given.items() if name != "method_option")
+    first["mean"][0] = first["method_options"]["b"] = 9.0  # no part of it is shared
+    assert train.fill_defaults(settings, torch.device("cpu"), 1088, 1, init) == again
 
 
 @pytest.mark.parametrize("patch_size, image_size, on_gpu",
                          [(8, 96, 224), (14, 98, 224), (16, 96, 224)])
 def test_recipes_with_init(patch_size, image_size, on_gpu, monkeypatch, capsys):
     encoder = VisionTransformer(8 * patch_size, patch_size, 384, 12, 6)
-    encoder.source = "FILE: a format"
+    encoder.source, encoder.config = "FILE: a format", {}
     monkeypatch.setattr(train, "load_encoder", lambda *_: encoder)
     for data in ("DIR", "synthetic"):
         config = chosen("--data", data, "--init", "FILE")
@@ -300,11 +345,34 @@ def test_init_of_a_run_keeps_its_image_size(flowers, export, capsys):
 
 @pytest.mark.parametrize("options", [[], ["--compile"]])
 def test_both_encoders_are_compiled_on_request(flowers, monkeypatch, options):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    """Record what is compiled, and that every pass of the three steps calls the compiled one."""
+    compiled, calls, models = [], [], []
+
+    def record(encode):
+        compiled.append(encode)
+
+        def call(*args, **options):
+            calls.append(encode.__self__)
+            return encode(*args, **options)
+
+        return call
+
+    def build(*args, **options):
+        models.append(evaluation.build_model(*args, **options))
+        return models[-1]
+
+    monkeypatch.setattr(torch, "compile", record)
+    monkeypatch.setattr(train, "build_model", build)
     train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", *options, "--out", "a"])
-    kinds = [type(module).__name__ for module in compiled]
-    assert kinds == (2 * ["VisionTransformer"] if options else [])
+    if not options:
+        assert not compiled and not calls
+        return
+    model, = models
+    encoders = [model.encoder, model.momentum_encoder]
+    assert [encode.__self__ for encode in compiled] == encoders
+    assert all(encode.__func__ is VisionTransformer.encode for encode in compiled)
+    film = 2  # before and after the epoch
+    assert [calls.count(encoder) for encoder in encoders] == [3 * 2, 3 * 4 + film]
 
 
 @pytest.mark.slow
@@ -315,7 +383,8 @@ def test_compiled_passes_match_eager(local_input):
         encoder = VisionTransformer(32, 8, dim=48, depth=2, heads=3)
         model = LoDisc(encoder, local_input=local_input, hidden_dim=64, output_dim=32)
         if compiled:
-            model.encoder.compile(), model.momentum_encoder.compile()
+            for side in (model.encoder, model.momentum_encoder):
+                side.encode = torch.compile(side.encode)
         views = torch.randn(2, 8, 3, 32, 32)
         output = model(*views)
         output.total.backward()
@@ -330,8 +399,12 @@ def test_compiled_passes_match_eager(local_input):
 
 def test_download_and_data_root_arrive(flowers, monkeypatch):
     seen, real = [], train.load_data
-    monkeypatch.setattr(train, "load_data", lambda *args: seen.append(args) or real(
-        str(flowers / "train")))
+
+    def load(*args):
+        seen.append(args)
+        return real(str(flowers / "train"))
+
+    monkeypatch.setattr(train, "load_data", load)
     for options in ([], ["--download", "--data-root", "there", "--held-out"]):
         train.main(["--data", "cub", *SMALL, "--epochs", "1", *options])
     there = str(Path("there").resolve())
@@ -360,6 +433,10 @@ def test_existing_folder_is_not_overwritten(flowers):
     (["--image-size", "20"], "a multiple of 8, got 20"),
     (["--keep-ratio", "0"], "--keep-ratio"),
     (["--temperature", "0"], "--temperature"),
+    (["--global-weight", "-1"], "--global-weight must be in [0, inf], got -1"),
+    (["--local-weight", "-1"], "--local-weight must be in [0, inf], got -1"),
+    (["--hidden-dim", "0"], "--hidden-dim must be in [1, inf], got 0"),
+    (["--output-dim", "0"], "--output-dim must be in [1, inf], got 0"),
     (["--lr", "-1"], "--lr"),
     (["--method", "moco"], "expected FILE.py:CLASS, or lodisc"),
     (["--method-option", "a=1"], "--method-option"),
@@ -378,6 +455,28 @@ def test_invalid_settings_raise_one_line(flowers, options, says):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("option", [
+    ["--mask", "random"], ["--importance", "product"], ["--local-input", "tokens"],
+    ["--keep-ratio", "0.3"], ["--global-weight", "1"], ["--local-weight", "0.5"]])
+def test_option_that_the_method_lacks_raises_one_line(flowers, option):
+    """Also if the value is the default: what is given must have an effect."""
+    with pytest.raises(UserError) as error:
+        train.main(["--data", str(flowers / "train"), *SMALL, "--method", "mocov3", *option])
+    assert str(error.value) == (f"{option[0]} is no option of --method mocov3, which has "
+                                "--temperature, --hidden-dim, --output-dim")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("mask", ["random", "block"])
+@pytest.mark.parametrize("importance", ["product", "last"])
+def test_importance_of_a_mask_that_ignores_it_raises_one_line(flowers, mask, importance):
+    with pytest.raises(UserError) as error:
+        train.main(["--data", str(flowers / "train"), *SMALL, "--mask", mask, "--importance",
+                    importance])
+    assert str(error.value) == f"--importance is not used by --mask {mask}; leave it out"
+    assert not Path("runs").exists()
+
+
 def test_image_files_are_for_masks_only(flowers):
     train.main(["--data", str(flowers / "train"), *SMALL, "--out", "run"])
     with pytest.raises(UserError, match="image files are only for masks"):
@@ -387,22 +486,23 @@ def test_image_files_are_for_masks_only(flowers):
 def test_scripts_from_the_shell(flowers):
     """Check that a user's mistake ends with one line and status 2, and that other errors keep
     their traceback; started at once."""
-    Path("own.py").write_text("raise ValueError('mine')")
+    Path("broken.py").write_text("raise ValueError('mine')")
     calls = [["eval.py", "all", "missing"],
-             ["train.py", "--data", flowers / "train", *SMALL, "--method", "own.py:Own"]]
+             ["train.py", "--data", flowers / "train", *SMALL, "--method", "broken.py:Broken"]]
     begun = [subprocess.Popen([sys.executable, ROOT / name, *arguments], text=True,
                               stderr=subprocess.PIPE) for name, *arguments in calls]
     line, error = [process.communicate(timeout=200)[1] for process in begun]
     assert [process.returncode for process in begun] == [2, 1]
     assert line.startswith("eval.py: ") and "missing" in line and line.count("\n") == 1
-    assert "Traceback" in error and "own.py" in error
+    assert "Traceback" in error and "broken.py" in error
 
 
 def test_help_has_all_options_and_the_authors_values(capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     shown = capsys.readouterr().out
-    assert "default: 0.3; authors: 0.3" in " ".join(shown.split())
+    assert "fraction of patches kept; authors: 0.3 (default: 0.3)" in " ".join(shown.split())
+    assert "Default None: by the recipe" in " ".join(shown.split())
     for flag in train.parse_args([])[1]:
         assert f"--{flag.replace('_', '-')} " in shown
 

@@ -1,4 +1,4 @@
-"""The vision transformer: against torchvision's, and its stored attention."""
+"""The vision transformer: against torchvision's, and its attention."""
 
 import math
 
@@ -10,7 +10,7 @@ from torchvision.models import ViT_B_16_Weights
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 from lodisc import (IMAGENET_MEAN, IMAGENET_STD, Attention, Block, UserError, VisionTransformer,
-                    attention_weights, create_vit, require, sincos_positions)
+                    attention_weights, create_vit, kept_indices, require, sincos_positions)
 
 
 def torchvision_weights(model):
@@ -40,8 +40,7 @@ def test_features_match_torchvision(dtype, tolerance):
     ours.load_state_dict(torchvision_weights(theirs))
     images = torch.randn(2, 3, 96, 96, dtype=dtype)
     with torch.no_grad():
-        expected, (features, attentions) = theirs(images), ours(images)
-    assert attentions == []
+        expected, features = theirs(images), ours(images)
     assert (features - expected).abs().max() <= tolerance * expected.abs().max()
 
 
@@ -51,87 +50,132 @@ def sharpen(encoder, factor=30.0):
             block.attn.qkv.weight[: 2 * encoder.dim] *= factor**0.5
 
 
+def record_attention(encoder):
+    """Return a list that gets (qkv, input of proj) of each layer, in order of the calls."""
+    seen = []
+    for block in encoder.blocks:
+        block.attn.qkv.register_forward_hook(lambda module, args, out: seen.append([out]))
+        block.attn.proj.register_forward_hook(lambda module, args, out: seen[-1].append(args[0]))
+    return seen
+
+
 @pytest.mark.parametrize("dtype, sharp, tolerance", [
     (torch.float32, False, 1e-6), (torch.float32, True, 1e-4), (torch.float64, True, 1e-12)])
-def test_stored_attention_kinds_agree(dtype, sharp, tolerance):
+def test_row_is_class_tokens_row_of_matrix(dtype, sharp, tolerance):
     encoder = create_vit("vit_tiny", 64, 8).to(dtype)
     if sharp:
         sharpen(encoder)
-    images = torch.randn(3, 3, 64, 64, dtype=dtype)
+    seen, images = record_attention(encoder), torch.randn(3, 3, 64, 64, dtype=dtype)
     with torch.no_grad():
-        plain = encoder(images)[0]
-        features, rows = encoder(images, attention="row")
-        with_matrices, matrices = encoder(images, attention="full")
-        with_means, means = encoder(images, attention="mean")
-    for same in (features, with_matrices, with_means):
-        assert torch.equal(same, plain)
-    assert len(rows) == len(matrices) == len(means) == 12
-    for row, matrix, mean in zip(rows, matrices, means):
-        assert row.shape == (3, 3, 65) and matrix.shape == (3, 3, 65, 65)
-        assert mean.shape == (3, 1, 65, 65)
-        assert (row - matrix[:, :, 0]).abs().max() <= tolerance
-        assert torch.equal(mean, matrix.mean(1, keepdim=True))
-        assert mean.untyped_storage().nbytes() == mean.numel() * mean.element_size()  # no heads
+        plain = encoder(images)
+        with_rows, rows = encoder.with_attention(images, "row")
+        with_matrices, matrices = encoder.with_attention(images, "matrix")
+    assert torch.equal(with_rows, plain) and torch.equal(with_matrices, plain)
+    assert len(rows) == len(matrices) == 12
+    for row, matrix in zip(rows, matrices):
+        assert row.shape == (3, 64) and matrix.shape == (3, 65, 65)
+        assert row.dtype == matrix.dtype == dtype
+        assert (row - matrix[:, 0, 1:]).abs().max() <= tolerance
+        for tensor, stored in ((row, 3 * 65), (matrix, 3 * 65 * 65)):  # no heads
+            assert tensor.untyped_storage().nbytes() == stored * tensor.element_size()
         assert torch.allclose(matrix.sum(-1), torch.ones((), dtype=dtype), atol=1e-5)
-    if sharp:
-        assert max(row.max() for row in rows) > 0.9
+    if sharp:  # some head attends to almost one patch alone
+        heads = [qkv.unflatten(-1, (3, 3, 64)).permute(2, 0, 3, 1, 4) for qkv, _ in seen]
+        assert max(attention_weights(q[:, :, :1], k).max() for q, k, _ in heads) > 0.9
 
 
-def test_full_attention_times_values_equals_fused_kernel():
+def test_attention_is_mean_over_heads_of_weights_that_give_the_features():
     encoder = create_vit("vit_nano", 32, 8).double()
-    attn, seen = encoder.blocks[1].attn, {}
-    attn.qkv.register_forward_hook(lambda module, args, out: seen.update(qkv=out))
-    attn.proj.register_forward_hook(lambda module, args, out: seen.update(into=args[0]))
-    _, matrices = encoder(torch.randn(2, 3, 32, 32).double(), attention="full")
-    v = seen["qkv"].unflatten(-1, (3, 3, 32))[:, :, 2].transpose(1, 2)  # (B, h, 1+N, d)
-    expected = (matrices[1] @ v).transpose(1, 2).flatten(2)
-    assert torch.allclose(seen["into"], expected, atol=1e-12)
+    seen, images = record_attention(encoder), torch.randn(2, 3, 32, 32).double()
+    _, rows = encoder.with_attention(images, "row")
+    _, matrices = encoder.with_attention(images, "matrix")
+    assert len(rows) == len(matrices) == 4 and len(seen) == 8
+    for layer, (qkv, attended) in enumerate(seen):
+        q, k, v = qkv.split(96, dim=2)
+        heads = []
+        for head in (slice(0, 32), slice(32, 64), slice(64, 96)):
+            scores = q[:, :, head] @ k[:, :, head].mT / math.sqrt(32)
+            heads.append(scores.exp() / scores.exp().sum(2, keepdim=True))  # (B, 1+N, 1+N)
+            expected = (heads[-1] @ v[:, :, head])[:, : attended.shape[1]]
+            assert torch.allclose(attended[:, :, head], expected, atol=1e-12)
+        assert (heads[0] - heads[1]).abs().max() > 1e-3
+        mean = (heads[0] + heads[1] + heads[2]) / 3
+        if layer < 4:
+            assert torch.allclose(rows[layer], mean[:, 0, 1:], atol=1e-12)
+        else:
+            assert torch.allclose(matrices[layer - 4], mean, atol=1e-12)
 
 
-@pytest.mark.parametrize("attention", [None, "row", "full", "mean"])
-def test_class_only_equals_class_token_of_all(attention):
+@pytest.mark.parametrize("kind", [None, "row", "matrix"])
+def test_class_only_equals_class_token_of_all(kind):
     block, x = Block(48, 3).double(), torch.randn(2, 10, 48, dtype=torch.float64)
-    (whole, weights), (alone, same_weights) = block(x, attention), block(x, attention, True)
+    (whole, weights), (alone, same_weights) = block(x, kind), block(x, kind, class_only=True)
     assert alone.shape == (2, 1, 48)
     assert whole.shape == Attention(48, 3)(x.float())[0].shape == x.shape
     assert torch.allclose(alone, whole[:, :1], atol=1e-12)
-    assert (weights is same_weights is None) if attention is None else weights.equal(same_weights)
+    if kind is None:
+        assert weights is same_weights is None
+    else:
+        assert weights.shape == {"row": (2, 10), "matrix": (2, 10, 10)}[kind]
+        assert torch.equal(weights, same_weights)
 
 
-@pytest.mark.parametrize("method, computed", [("forward", 1), ("tokens", 17)])
-def test_last_layer_computes_class_token_only_in_forward(method, computed):
+@pytest.mark.parametrize("call, computed", [
+    (lambda encoder, images: encoder(images), 1),
+    (lambda encoder, images: encoder.with_attention(images, "row"), 1),
+    (lambda encoder, images: encoder.with_attention(images, "matrix"), 1),
+    (lambda encoder, images: encoder.encode(images, class_only=True), 1),
+    (lambda encoder, images: encoder.encode(images), 17),
+    (lambda encoder, images: encoder.tokens(images), 17),
+])
+def test_last_layer_computes_patches_only_where_they_are_returned(call, computed):
     encoder, inside = create_vit("vit_nano", 32, 8), []
     for block in encoder.blocks:
         block.mlp.register_forward_hook(lambda module, args, out: inside.append(out.shape[1]))
-    getattr(encoder, method)(torch.randn(2, 3, 32, 32))
+    call(encoder, torch.randn(2, 3, 32, 32))
     assert inside == [17, 17, 17, computed]
 
 
-@pytest.mark.parametrize("attention", [None, "row", "full", "mean"])
+@pytest.mark.parametrize("kind", [None, "row", "matrix"])
 @pytest.mark.parametrize("kept", [None, 5])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_class_token_of_tokens_equals_forward(dtype, tolerance, kept, attention):
+def test_encode_equals_separate_calls(dtype, tolerance, kept, kind):
+    """One pass returns the features of `forward`, the patches of `tokens`, and the attention of
+    `with_attention`, which takes no keep."""
     encoder = create_vit("vit_nano", 32, 8).to(dtype)
     images = torch.randn(2, 3, 32, 32, dtype=dtype)
-    keep = None if kept is None else torch.rand(2, 16).argsort(1) < kept
+    keep = None
+    if kept is not None:
+        keep = torch.rand(2, 16).argsort(1)[:, :kept]
     with torch.no_grad():
-        features, attentions = encoder(images, attention, keep)
-        tokens, same_attentions = encoder.tokens(images, attention, keep)
-        alone, _ = encoder.tokens(images, attention, keep, class_only=True)
-    assert tokens.shape == (2, 1 + (kept or 16), 96) and alone.shape == (2, 1, 96)
-    for class_token in (tokens[:, 0], alone[:, 0]):
-        assert (class_token - features).abs().max() <= tolerance * features.abs().max()
-    assert len(same_attentions) == len(attentions) == (4 if attention else 0)
-    for same, expected in zip(same_attentions, attentions):
-        assert torch.equal(same, expected)
+        features, (token, patches) = encoder(images, keep), encoder.tokens(images, keep)
+        whole = encoder.encode(images, keep, kind)
+        alone = encoder.encode(images, keep, kind, class_only=True)
+        if kind is not None and keep is None:
+            same_features, expected_attentions = encoder.with_attention(images, kind)
+            assert torch.equal(same_features, features)
+        else:
+            expected_attentions = whole[2]
+    tokens = 1 + (kept or 16)
+    assert features.shape == token.shape == (2, 96) and patches.shape == (2, tokens - 1, 96)
+    assert alone[1].shape == (2, 0, 96)
+    assert torch.equal(whole[0], token) and torch.equal(whole[1], patches)
+    assert torch.equal(alone[0], features)
+    assert (token - features).abs().max() <= tolerance * features.abs().max()
+    shape = {None: None, "row": (2, tokens - 1), "matrix": (2, tokens, tokens)}[kind]
+    for _, _, attentions in (whole, alone):
+        assert len(attentions) == len(expected_attentions) == (4 if kind else 0)
+        for attention, expected in zip(attentions, expected_attentions):
+            assert attention.shape == shape and torch.equal(attention, expected)
 
 
 def test_tokens_are_normalised_outputs_of_last_block():
     encoder, outputs = create_vit("vit_nano", 32, 8), []
     torch.nn.init.normal_(encoder.norm.bias)  # to differ from the blocks' norms
     encoder.blocks[-1].register_forward_hook(lambda module, args, out: outputs.append(out[0]))
-    tokens = encoder.tokens(torch.randn(2, 3, 32, 32))[0]
-    assert torch.equal(tokens, encoder.norm(outputs[0]))
+    token, patches = encoder.tokens(torch.randn(2, 3, 32, 32))
+    expected = encoder.norm(outputs[0])  # (B, 1+N, D), class token first
+    assert torch.equal(token, expected[:, 0]) and torch.equal(patches, expected[:, 1:])
 
 
 class Recorder(TorchDispatchMode):
@@ -153,9 +197,9 @@ class Recorder(TorchDispatchMode):
 def test_features_come_from_fused_kernel():
     encoder = create_vit("vit_tiny", 64, 8)
     images = torch.randn(2, 3, 64, 64)
-    for attention, square in ((None, False), ("row", False), ("full", True), ("mean", True)):
+    for kind, square in ((None, False), ("row", False), ("matrix", True)):
         with Recorder() as recorder, torch.no_grad():
-            encoder(images, attention=attention)
+            encoder.encode(images, kind=kind)
         fused = [name for name in recorder.names if "scaled_dot_product" in name]
         assert len(fused) == 12
         assert not any("math" in name for name in fused)
@@ -164,16 +208,25 @@ def test_features_come_from_fused_kernel():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_is_float32_under_autocast(dtype):
-    encoder, seen = create_vit("vit_nano", 32, 8), []
-    encoder.blocks[0].attn.qkv.register_forward_hook(lambda module, args, out: seen.append(out))
+    """Only q and k are rounded: the weights are those of float64 from the q and k that were seen,
+    and the same outside of autocast."""
+    encoder, images = create_vit("vit_nano", 32, 8), torch.randn(4, 3, 32, 32)
+    seen = record_attention(encoder)
     with torch.no_grad(), torch.autocast("cpu", dtype):
-        images = torch.randn(4, 3, 32, 32)
-        rows, means = (encoder(images, attention=kind)[1] for kind in ("row", "mean"))
-    assert seen[0].dtype == dtype and rows[0].dtype == means[0].dtype == torch.float32
-    q, k, _ = seen[0].double().unflatten(-1, (3, 3, 32)).permute(2, 0, 3, 1, 4)
-    expected = (q[:, :, :1] @ k.mT / math.sqrt(32)).softmax(-1)[:, :, 0]
-    assert (rows[0] - expected).abs().max() < 1e-6
-    assert (means[0][:, 0, 0] - expected.mean(1)).abs().max() < 1e-6
+        _, rows = encoder.with_attention(images, "row")
+        _, matrices = encoder.with_attention(images, "matrix")
+    for layer in range(4):
+        qkv = seen[layer][0]
+        assert torch.equal(qkv, seen[4 + layer][0])
+        assert qkv.dtype == dtype and rows[layer].dtype == matrices[layer].dtype == torch.float32
+        q, k, _ = qkv.unflatten(-1, (3, 3, 32)).permute(2, 0, 3, 1, 4)
+        expected = (q.double() @ k.double().mT / math.sqrt(32)).softmax(-1).mean(1)
+        assert (rows[layer] - expected[:, 0, 1:]).abs().max() < 1e-6
+        assert (matrices[layer] - expected).abs().max() < 1e-6
+        outside = attention_weights(q[:, :, :1], k)
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(attention_weights(q[:, :, :1], k), outside)
+        assert torch.equal(rows[layer], outside.mean(1)[:, 0, 1:])
 
 
 def test_attention_weights_match_loops():
@@ -190,25 +243,26 @@ def test_attention_weights_match_loops():
 def test_keep_equals_masking_out_other_keys(monkeypatch):
     encoder = create_vit("vit_nano", 48, 8).double()
     images = torch.randn(5, 3, 48, 48).double()
-    keep = torch.rand(5, 36).argsort(1) < 11
+    mask = torch.rand(5, 36).argsort(1) < 11
+    keep = mask.nonzero()[:, 1].reshape(5, 11)
     with torch.no_grad():
-        features, rows = encoder(images, attention="row", keep=keep)
-        as_indices = encoder(images, keep=keep.nonzero()[:, 1].reshape(5, 11))[0]
-        allowed = torch.cat([torch.ones(5, 1, dtype=torch.bool), keep], 1)[:, None, None]
+        features, _, rows = encoder.encode(images, keep, "row", class_only=True)
+        of_mask = encoder(images, kept_indices(mask, 11))
+        allowed = torch.cat([torch.ones(5, 1, dtype=torch.bool), mask], 1)[:, None, None]
         fused = F.scaled_dot_product_attention
         monkeypatch.setattr(F, "scaled_dot_product_attention",
                             lambda q, k, v: fused(q, k, v, attn_mask=allowed))
-        expected = encoder(images)[0]
-    assert rows[0].shape == (5, 3, 12)
+        expected = encoder(images)
+    assert rows[0].shape == (5, 11)
     assert torch.allclose(features, expected, atol=1e-12)
-    assert torch.equal(features, as_indices)
-    assert not torch.allclose(features, encoder(images)[0][[1, 2, 3, 4, 0]], atol=1e-3)
+    assert torch.equal(features, of_mask)
+    assert not torch.allclose(features, expected[[1, 2, 3, 4, 0]], atol=1e-3)
 
 
 def test_sincos_positions_are_row_then_column_as_in_moco_v3():
     side, dim = 3, 16
     table = sincos_positions(side, dim)
-    assert table.shape == (1, 10, 16)
+    assert table.shape == (1, 10, 16) and table.dtype == torch.float32
     assert (table[0, 0] == 0).all()
     for row in range(side):
         for column in range(side):
@@ -271,7 +325,7 @@ def test_normalisation_matches_torchvision():
 
 def test_gradients_reach_all_trainable_parameters():
     encoder = create_vit("vit_nano", 32, 8)
-    encoder(torch.randn(2, 3, 32, 32))[0].square().sum().backward()
+    encoder(torch.randn(2, 3, 32, 32)).square().sum().backward()
     for name, parameter in encoder.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
@@ -285,23 +339,28 @@ def test_require_raises_given_error():
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda e: create_vit("vit_huge", 32, 8), "vit_huge"),
-    (lambda e: create_vit("vit_nano", 50, 8), "50 px"),
-    (lambda e: create_vit("vit_nano", 32, 0), "multiple of the patch"),
-    (lambda e: VisionTransformer(32, 8, dim=50, depth=1, heads=3), "50"),
-    (lambda e: VisionTransformer(32, 8, dim=6, depth=1, heads=3), "multiple of 4"),
-    (lambda e: e(torch.zeros(2, 3, 40, 40)), "(B, 3, 32, 32), got (2, 3, 40, 40)"),
-    (lambda e: e(torch.zeros(3, 32, 32)), "(3, 32, 32)"),
-    (lambda e: e(torch.zeros(2, 1, 32, 32)), "(2, 1, 32, 32)"),
-    (lambda e: e(torch.zeros(2, 3, 32, 32), attention="all"), "'all'"),
-    (lambda e: e(torch.zeros(2, 3, 32, 32), keep=torch.ones(2, 9, dtype=torch.bool)), "(2, 9)"),
-    (lambda e: e(torch.zeros(2, 3, 32, 32), keep=torch.eye(16, dtype=torch.bool)[:2].cumsum(0) > 0),
-     "1 to 2"),
-    (lambda e: e(torch.zeros(2, 3, 32, 32), keep=torch.zeros(2, 16, dtype=torch.bool)), "0 to 0"),
-    (lambda e: e.tokens(torch.zeros(2, 3, 40, 40)), "(2, 3, 40, 40)"),
-    (lambda e: e.tokens(torch.zeros(2, 3, 32, 32), attention="all"), "'all'"),
+    (lambda: create_vit("vit_nano", 50, 8), "50 px and patches of 8 px"),
+    (lambda: create_vit("vit_nano", 32, 0), "multiple of the patch"),
+    (lambda: create_vit("vit_nano", 0, 8), "got 0 px"),
+    (lambda: VisionTransformer(32, 8, dim=50, depth=1, heads=3), "50 does not divide into 3 heads"),
+    (lambda: VisionTransformer(32, 8, dim=6, depth=1, heads=3), "divisible by 4, got 6"),
 ])
-def test_invalid_arguments_raise_value_error(call, says):
+def test_invalid_sizes_raise_value_error(call, says):
     with pytest.raises(ValueError) as error:
-        call(create_vit("vit_nano", 32, 8))
+        call()
     assert says in str(error.value)
+
+
+def test_names_and_options_of_encoders():
+    with pytest.raises(KeyError, match="vit_huge"):
+        create_vit("vit_huge", 32, 8)
+    with pytest.raises(TypeError, match="positional"):  # by keyword alone
+        VisionTransformer(32, 8, 96, 4, 3, True)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40, 40), (2, 1, 32, 32)])
+def test_images_that_do_not_fit_raise(shape):
+    encoder = create_vit("vit_nano", 32, 8)
+    for call in (encoder, encoder.tokens):
+        with pytest.raises(RuntimeError):
+            call(torch.zeros(shape))

@@ -1,6 +1,8 @@
-"""Published weights, loaded and exported: stand-ins with all names of the released files."""
+"""Published weights, loaded and exported: stand-ins with all names of the released files. And
+checkpoints of older versions."""
 
 import argparse
+import csv
 import pickle
 import re
 from pathlib import Path
@@ -16,9 +18,10 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 import eval as evaluation
 import train
 from conftest import Killed, kill_after, same, weights
+from data.augment import Preprocessing
 from data.datasets import load_data
-from lodisc import (IMAGENET_MEAN, IMAGENET_STD, LoDisc, UserError, VisionTransformer, load_encoder,
-                    resize_positions)
+from lodisc import (IMAGENET_MEAN, IMAGENET_STD, LoDisc, MoCoV3, UserError, VisionTransformer,
+                    load_encoder, resize_positions)
 
 PATCH, SIZE, WIDTH, DEPTH, HEADS = 16, 32, 128, 12, 2
 SMALL = ["--image-size", "16", "--batch-size", "12", "--epochs", "1", "--workers", "0",
@@ -69,41 +72,41 @@ def optimizer(count=3):
             "param_groups": [{"lr": 1e-3, "params": list(range(count))}]}
 
 
-def timm_file(encoder, other):
+def timm_file(encoder, momentum):
     return {**backbone(encoder), **zeros(["head.weight", "head.bias"])}
 
 
-def deit_file(encoder, other):
-    return {"model": timm_file(encoder, other)}
+def deit_file(encoder, momentum):
+    return {"model": timm_file(encoder, momentum)}
 
 
-def deit_training(encoder, other):
-    return {**deit_file(encoder, other), "optimizer": optimizer(), "epoch": 3,
-            "lr_scheduler": {"t": 1}, "model_ema": timm_file(other, encoder),
+def deit_training(encoder, momentum):
+    return {**deit_file(encoder, momentum), "optimizer": optimizer(), "epoch": 3,
+            "lr_scheduler": {"t": 1}, "model_ema": timm_file(momentum, encoder),
             "scaler": {"scale": 1.0}, "args": argparse.Namespace(lr=1e-3, data_set="IMNET")}
 
 
-def moco_file(encoder, other):
+def moco_file(encoder, momentum):
     head = ["head." + name for name in mlp_names(3, affine=False)]
     state = {**backbone(encoder, "module.base_encoder."), **zeros(head, "module.base_encoder."),
-             **backbone(other, "module.momentum_encoder."),
+             **backbone(momentum, "module.momentum_encoder."),
              **zeros(head, "module.momentum_encoder."),
              **zeros(mlp_names(2, affine=False), "module.predictor.")}
     return {"epoch": 300, "arch": "vit_base", "state_dict": state, "optimizer": optimizer(),
             "scaler": {"scale": 65536.0, "_growth_tracker": 0}}
 
 
-def moco_linear(encoder, other):
+def moco_linear(encoder, momentum):
     state = {**backbone(encoder, "module."), **zeros(["module.head.weight", "module.head.bias"])}
     return {"epoch": 90, "arch": "vit_base", "state_dict": state, "best_acc1": torch.tensor(76.7),
             "optimizer": optimizer()}
 
 
-def dino_file(encoder, other):
+def dino_file(encoder, momentum):
     head = [f"mlp.{i}.{name}" for i in (0, 2, 4) for name in ("weight", "bias")]
     head += ["last_layer.weight_g", "last_layer.weight_v"]
     return {"student": {**backbone(encoder, "module.backbone."), **zeros(head, "module.head.")},
-            "teacher": {**backbone(other, "backbone."), **zeros(head, "head.")},
+            "teacher": {**backbone(momentum, "backbone."), **zeros(head, "head.")},
             "optimizer": optimizer(), "epoch": 100, "args": argparse.Namespace(arch="vit_small"),
             "dino_loss": {"center": torch.zeros(1, 5)}, "fp16_scaler": {"scale": 1.0}}
 
@@ -113,9 +116,9 @@ def sizes(encoder):
                 depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads)
 
 
-def own_file(encoder, other):
+def run_file(encoder, momentum):
     heads = [f"{head}.0.weight" for head in ("projector", "predictor", "momentum_projector")]
-    return {"model": {**backbone(encoder, "encoder."), **backbone(other, "momentum_encoder."),
+    return {"model": {**backbone(encoder, "encoder."), **backbone(momentum, "momentum_encoder."),
                       **zeros(heads)},
             "optimizer": optimizer(), "random": torch.get_rng_state(), "step": 3, "scaler": {},
             "film": [(0, torch.zeros(8, 4, dtype=torch.bool))],
@@ -130,39 +133,39 @@ FILES = {  # name: (contents, source, what is left out)
     "MoCo v3": (moco_file, "MoCo v3", "head, momentum_encoder, predictor"),
     "MoCo v3, linear": (moco_linear, "timm's or torchvision's names", "head"),
     "DINO": (dino_file, "DINO, student and teacher", "head"),
-    "DINO, backbone": (lambda encoder, other: backbone(encoder), "timm's or torchvision's names",
+    "DINO, backbone": (lambda encoder, momentum: backbone(encoder), "timm's or torchvision's names",
                        "nothing"),
-    "own": (own_file, "LoDisc", "momentum_encoder, momentum_projector, predictor, projector"),
+    "LoDisc": (run_file, "LoDisc", "momentum_encoder, momentum_projector, predictor, projector"),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_load_encoder_reads_published_formats(tmp_path, name):
     contents, kind, left_out = FILES[name]
-    base, other = new_encoder(), new_encoder()
+    base, momentum = new_encoder(), new_encoder()
     path = tmp_path / "file.pth"
-    torch.save(contents(base, other), path)
+    torch.save(contents(base, momentum), path)
     images = torch.randn(2, 3, SIZE, SIZE)
     state = torch.get_rng_state()
     encoder = load_encoder(path)
     assert torch.equal(torch.get_rng_state(), state)
     assert sizes(encoder) == sizes(base) and not encoder.training
-    assert torch.equal(encoder(images)[0], base(images)[0])
+    assert torch.equal(encoder(images), base(images))
     assert all(parameter.requires_grad for parameter in encoder.parameters())
     assert encoder.source == (f"{path}: {kind}, {len(encoder.blocks)} layers of width "
                               f"{encoder.dim}; left out: {left_out}")
-    own = name == "own"
-    assert tuple(encoder.mean) == ((0.1, 0.2, 0.3) if own else IMAGENET_MEAN)
-    assert tuple(encoder.std) == ((0.4, 0.5, 0.6) if own else IMAGENET_STD)
-    assert bool(encoder.config) == own
+    of_a_run = name == "LoDisc"
+    assert tuple(encoder.mean) == ((0.1, 0.2, 0.3) if of_a_run else IMAGENET_MEAN)
+    assert tuple(encoder.std) == ((0.4, 0.5, 0.6) if of_a_run else IMAGENET_STD)
+    assert bool(encoder.config) == of_a_run
     if kind in ("MoCo v3", "DINO, student and teacher", "LoDisc"):
-        encoder = load_encoder(path, momentum=True)
-        assert torch.equal(encoder(images)[0], other(images)[0])
+        encoder = load_encoder(path, use_momentum=True)
+        assert torch.equal(encoder(images), momentum(images))
         assert re.search(rf": {kind}, momentum encoder, \d+ layers of width \d+; left out: ",
                          encoder.source)
     else:
         with pytest.raises(UserError, match="has no momentum encoder"):
-            load_encoder(path, momentum=True)
+            load_encoder(path, use_momentum=True)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -180,7 +183,7 @@ def test_torchvision_features_are_equal(tmp_path, wrapped):
     theirs.heads = nn.Identity()
     encoder = load_encoder(tmp_path / "vit.pth")
     images = torch.randn(2, 3, SIZE, SIZE)
-    assert (encoder(images)[0] - theirs.eval()(images)).abs().max() < 1e-5
+    assert (encoder(images) - theirs.eval()(images)).abs().max() < 1e-5
     assert encoder.source.endswith(
         f"torchvision's names, {DEPTH} layers of width {WIDTH}; left out: heads")
 
@@ -242,14 +245,14 @@ def test_dinov2_features_equal_explicit_layer_scale(tmp_path, dtype, image_size)
     assert encoder.source.endswith("; left out: mask_token")
     images = torch.randn(2, 3, image_size, image_size)
     expected = dinov2_features(state, images)
-    assert (encoder(images)[0] - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (encoder(images) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert load_encoder(tmp_path / "vits14.pth").image_size == 518
 
 
 # --- tensors that do not fit, and invalid files -----------------------------------------------
 
 
-ODD = {  # name: (change of a timm state dict, match)
+MISFITS = {  # name: (change of a timm state dict, match)
     "second token": (lambda s: s | zeros(["dist_token", "head_dist.weight"]),
                      r'"dist_token", "head_dist\.weight"'),
     "register tokens": (lambda s: s | zeros(["register_tokens"]), '"register_tokens"'),
@@ -277,9 +280,9 @@ ODD = {  # name: (change of a timm state dict, match)
 }
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", MISFITS)
 def test_tensors_that_do_not_fit_are_named_in_one_line(tmp_path, name):
-    change, match = ODD[name]
+    change, match = MISFITS[name]
     path = tmp_path / "file.pth"
     torch.save(change(backbone(new_encoder(depth=4))), path)
     with pytest.raises(UserError, match=match) as caught:
@@ -312,11 +315,11 @@ def test_number_of_heads(tmp_path):
     small = new_encoder(width=384, depth=1, heads=12)
     assert heads(moco_file(small, small)) == 12  # MoCo v3's own ViT-S
     assert heads(deit_file(small, small)) == heads(dino_file(small, small)) == 6
-    assert heads(own_file(small, small)) == 12
-    assert heads({**own_file(small, small), "config": {"heads": 4, "image_size": 64}}) == 4
+    assert heads(run_file(small, small)) == 12
+    assert heads({**run_file(small, small), "config": {"heads": 4, "image_size": 64}}) == 4
     assert load_encoder(path).image_size == 64
     nano = new_encoder(width=96, depth=1, heads=3)
-    assert heads(own_file(nano, nano)) == 3
+    assert heads(run_file(nano, nano)) == 3
     assert heads({"state_dict": backbone(nano), "config": sizes(nano)}) == 3
     with pytest.raises(UserError, match="heads of width 96 is unknown.*checkpoint.pt.*export"):
         heads(backbone(nano))
@@ -364,7 +367,8 @@ def test_image_size_interpolates_positions(tmp_path):
     base = new_encoder(64)
     torch.save(backbone(base), tmp_path / "file.pth")
     encoder = load_encoder(tmp_path / "file.pth", image_size=SIZE)
-    assert encoder.image_size == SIZE and encoder(torch.zeros(1, 3, SIZE, SIZE))
+    assert encoder.image_size == SIZE
+    assert encoder(torch.zeros(1, 3, SIZE, SIZE)).shape == (1, WIDTH)
     state = base.state_dict() | {"pos_embed": resize_positions(base.pos_embed.detach(), 2)}
     assert same(encoder.state_dict(), state)
     with pytest.raises(UserError, match="multiple of the patch size, got 40 px"):
@@ -431,12 +435,18 @@ def test_killed_run_with_init_resumes_bit_exactly(flowers, monkeypatch):
     assert same(weights("part"), weights("whole"))
 
 
+def chosen_config(*arguments):
+    """Return the settings of a run of 36 images, before it begins."""
+    run = train.Run(arguments)
+    run.device = torch.device("cpu")
+    run.choose_settings(36)
+    return run.config
+
+
 @pytest.mark.usefixtures("elsewhere")
 def test_config_has_the_sizes_of_a_bare_file():
     torch.save(backbone(new_encoder(24, 8, 128, 1, 2)), "bare.pth")
-    given, config = train.parse_args(["--init", "bare.pth"])
-    config |= given
-    train.fill_defaults(config, torch.device("cpu"), 36)
+    config = chosen_config("--init", "bare.pth")
     assert config["arch"] == "unnamed" and config["image_size"] == 96
     assert [config[name] for name in ("dim", "depth", "heads", "patch_size")] == [128, 1, 2, 8]
     assert (config["mean"], config["std"]) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
@@ -444,13 +454,11 @@ def test_config_has_the_sizes_of_a_bare_file():
 
 @pytest.mark.usefixtures("elsewhere")
 def test_init_momentum_starts_from_the_momentum_encoder(capsys):
-    base, other = (new_encoder(16, 8, 64, 1, 1) for _ in range(2))
-    torch.save(dino_file(base, other), "dino.pth")
-    for momentum, expected in (([], base), (["--init-momentum"], other)):
-        given, config = train.parse_args(["--init", "dino.pth", "--image-size", "16", *momentum])
-        config |= given
-        train.fill_defaults(config, torch.device("cpu"), 36)
-        assert ("momentum encoder" in capsys.readouterr().out) == bool(momentum)
+    base, momentum = (new_encoder(16, 8, 64, 1, 1) for _ in range(2))
+    torch.save(dino_file(base, momentum), "dino.pth")
+    for options, expected in (([], base), (["--init-momentum"], momentum)):
+        config = chosen_config("--init", "dino.pth", "--image-size", "16", *options)
+        assert ("momentum encoder" in capsys.readouterr().out) == (expected is momentum)
         assert same(train.build_model(config).encoder.state_dict(), expected.state_dict())
 
 
@@ -466,9 +474,7 @@ def test_named_weights_are_fetched_from_the_publisher(tmp_path, monkeypatch, nam
         torch.save(backbone(base), path)
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
-    given, config = train.parse_args(["--init", name])
-    config |= given
-    train.fill_defaults(config, torch.device("cpu"), 36)  # the run's config has the file
+    config = chosen_config("--init", name)  # the run's config has the file
     assert same(load_encoder(config["init"]).state_dict(), base.state_dict())
     (url, options), = calls
     assert url == train.WEIGHTS[name] and url.startswith("https://")
@@ -505,19 +511,19 @@ def test_export_is_read_back_bit_equal(flowers, capsys):
     for path, momentum in (("run/encoder.pth", False), ("momentum.pth", True)):
         back, trained = load_encoder(path), load_encoder("run", momentum)
         assert same(back.state_dict(), trained.state_dict()) and sizes(back) == sizes(trained)
-        assert torch.equal(back(images)[0], trained(images)[0])
+        assert torch.equal(back(images), trained(images))
     assert not same(load_encoder("run").state_dict(), back.state_dict())
     assert load_encoder("run/encoder.pth", image_size=32).image_size == 32
     with pytest.raises(UserError, match="--image-size is for published weights"):
         evaluation.main(["all", "run", "--image-size", "32", "--device", "cpu"])
 
 
-def test_export_keeps_mean_std_and_another_image_size(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("elsewhere")
+def test_export_keeps_mean_std_and_another_image_size():
     base = new_encoder(depth=1)
-    torch.save(own_file(base, base), "own.pt")
-    encoder = load_encoder("own.pt", image_size=48)
-    evaluation.export(encoder, Path("encoder.pth"))
+    torch.save(run_file(base, base), "run.pt")
+    encoder = load_encoder("run.pt", image_size=48)
+    run_eval("export", "run.pt", "--image-size", "48")
     back = load_encoder("encoder.pth")
     assert (back.mean, back.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]) and back.image_size == 48
     assert same(back.state_dict(), encoder.state_dict())
@@ -550,11 +556,11 @@ def test_evaluation_of_a_weights_file(flowers, weights_file, monkeypatch, capsys
     run_eval("knn", weights_file, "--data", flowers, *options)
     printed = capsys.readouterr().out
     assert f"at {size} px" in printed and "DINO, student and teacher" in printed
-    ((encoders, data, crop, *rest), results), = calls
+    ((encoders, data, preprocessing, *_, features), results), = calls
     (name, encoder), = encoders.items()
-    assert name == ("momentum" if momentum else "published") and rest[-1] == kind
+    assert name == ("momentum" if momentum else "published") and features == kind
     assert same(encoder.state_dict(), load_encoder(weights_file, momentum, size).state_dict())
-    assert crop == (size, IMAGENET_MEAN, IMAGENET_STD)
+    assert preprocessing == Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
     assert data.test.paths == load_data(str(flowers)).test.paths
     assert evaluation.table(results) in printed
     assert [path.name for path in weights_file.parent.iterdir()] == ["dino.pth"]
@@ -613,3 +619,64 @@ def test_loaded_encoder_trains_in_lodisc(tmp_path):
     model(*torch.randn(2, 4, 3, SIZE, SIZE)).total.backward()
     assert all(parameter.grad is not None for parameter in model.encoder.parameters())
     assert not any(parameter.requires_grad for parameter in model.momentum_encoder.parameters())
+
+
+# --- checkpoints of older versions --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, expected", [
+    ("global", dict(method="mocov3", global_weight=1.0, local_weight=1.0)),
+    ("local", dict(method="lodisc", global_weight=0.0, local_weight=1.0)),
+    ("lodisc", dict(method="lodisc", global_weight=1.0, local_weight=1.0)),
+    ("/a/file.py:Method", dict(method="/a/file.py:Method", global_weight=1.0, local_weight=1.0))])
+def test_older_settings_get_todays_names(method, expected):
+    older = {"method": method, "temperature": 0.5}
+    assert evaluation.current_config(older) == {**expected, "temperature": 0.5}
+    assert older == {"method": method, "temperature": 0.5}  # unchanged
+
+
+@pytest.mark.parametrize("method", ["mocov3", "lodisc", "/a/file.py:Method"])
+def test_todays_settings_stay_as_they_are(method):
+    config = {"method": method, "global_weight": 0.25, "local_weight": 2.0, "temperature": 0.5}
+    assert evaluation.current_config(config) == config
+
+
+OLDER = {  # older name of a method: (today's options, class, a loss that was logged as 0)
+    "global": (["--method", "mocov3"], MoCoV3, "local_loss"),
+    "local": (["--global-weight", "0", "--mask", "random"], LoDisc, "global_loss"),
+}
+
+
+def make_older(method, zero_loss):
+    """Rewrite the checkpoint of `run` as an older version wrote it; return it."""
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    checkpoint["config"]["method"] = method
+    for name in ("global_weight", "local_weight"):
+        del checkpoint["config"][name]
+    for row in checkpoint["history"]:
+        row[zero_loss] = 0.0
+    torch.save(checkpoint, "run/checkpoint.pt")
+    return checkpoint
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("method", OLDER)
+def test_older_checkpoint_builds_todays_method(flowers, method):
+    options, expected_class, zero_loss = OLDER[method]
+    train.main(["--data", str(flowers / "train"), *NANO, *options, "--out", "run"])
+    checkpoint = make_older(method, zero_loss)
+    config = evaluation.current_config(load_encoder("run").config)
+    model = evaluation.build_model(config, fresh=False)
+    evaluation.load_state(model, Path("run/checkpoint.pt"))
+    assert type(model) is expected_class and same(model.state_dict(), checkpoint["model"])
+    if method == "local":
+        output = model(*torch.randn(2, 4, 3, 16, 16), torch.Generator())
+        assert model.mask == "random" and torch.equal(output.total, output.local_loss)
+    run_eval("masks", "run", next((flowers / "test").rglob("*.jpg")))
+    assert Path("run/masks.png").is_file()
+    train.main(["--resume", "run"])  # it is finished: written again, by today's names
+    again = torch.load("run/checkpoint.pt", weights_only=True)
+    assert again["config"] == config and same(again["model"], checkpoint["model"])
+    with open("run/metrics.csv", encoding="utf-8") as file:
+        row, = csv.DictReader(file)
+    assert ("local_loss" in row) == (method == "local")

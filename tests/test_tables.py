@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-import experiments
+import kept
+import parts
+import tables
 import train
 from data import draw
+from data.augment import Preprocessing
 from data.birds import Birds
 from data.datasets import Data, load_data
 from lodisc import UserError, VisionTransformer, load_encoder, read_weights
@@ -28,41 +31,41 @@ def lines_of(text):
 
 def test_paired_difference():
     """By hand: differences 1, 2, 3; mean 2, standard error 1 / sqrt(3); t with 2 df is 4.303."""
-    assert experiments.difference([3.0, 4.0, 5.0], [2.0, 2.0, 2.0]) == "+2.000 [-0.484, +4.484]"
-    assert experiments.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
+    assert tables.difference([3.0, 4.0, 5.0], [2.0, 2.0, 2.0]) == "+2.000 [-0.484, +4.484]"
+    assert tables.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
 
 
 def test_bootstrap_draws_seeds_and_queries_within_classes():
     rng = np.random.default_rng(1)
     classes = np.repeat([0, 1], 200)
     by_query = rng.normal(0.1, 0.5, (1, 400)) + np.zeros((3, 1))  # seeds agree
-    low, high = map(float, experiments.bootstrap(by_query, classes)[1:-1].split(","))
+    low, high = map(float, tables.bootstrap(by_query, classes)[1:-1].split(","))
     half = 1.96 * 0.5 / 20
     assert (high - low) / 2 == pytest.approx(half, rel=0.15)
     assert (high + low) / 2 == pytest.approx(by_query.mean(), abs=0.01)
     by_seed = np.array([[-0.1], [0.0], [0.4]]) + np.zeros((3, 400))  # queries agree
-    assert experiments.bootstrap(by_seed, classes) == "[-0.100, +0.400]"
+    assert tables.bootstrap(by_seed, classes) == "[-0.100, +0.400]"
     by_class = np.where(classes, 1.0, 0.0)[None] + np.zeros((3, 1))  # no variance within a class
-    assert experiments.bootstrap(by_class, classes) == "[+0.500, +0.500]"
+    assert tables.bootstrap(by_class, classes) == "[+0.500, +0.500]"
     by_class[:, 7] = np.nan  # a query without another image of its class
-    assert experiments.bootstrap(by_class, classes) == "[+0.501, +0.501]"
-    assert experiments.bootstrap(by_query, classes) == experiments.bootstrap(by_query, classes)
+    assert tables.bootstrap(by_class, classes) == "[+0.501, +0.501]"
+    assert tables.bootstrap(by_query, classes) == tables.bootstrap(by_query, classes)
 
 
 def test_markdown_rows():
     """Check that one seed has no differences, and initial weights have a row below raw pixels."""
     metrics = {"linear": {"top1": 0.5}}
     columns = {"linear top-1": ("linear", "top1")}
-    rows = experiments.markdown({"global": {0: metrics}, "lodisc": {0: metrics}}, columns)
-    assert rows[2:] == ["| global | 0 | 0.500 |", "| lodisc | 0 | 0.500 |"]
-    rows = experiments.markdown({"global": {seed: metrics for seed in (0, 1, 2)},
+    rows = tables.markdown({"mocov3": {0: metrics}, "lodisc": {0: metrics}}, columns)
+    assert rows[2:] == ["| mocov3 | 0 | 0.500 |", "| lodisc | 0 | 0.500 |"]
+    rows = tables.markdown({"mocov3": {seed: metrics for seed in (0, 1, 2)},
                                  "lodisc": {seed: metrics for seed in (1, 2, 3)}}, columns)
     assert rows[3].startswith("| lodisc | 1 2 3 | 0.500 ± ")
-    assert rows[4:] == ["| lodisc − global | 1 2 | +0.000 [+0.000, +0.000] |"]  # common seeds
+    assert rows[4:] == ["| lodisc − mocov3 | 1 2 | +0.000 [+0.000, +0.000] |"]  # common seeds
     metrics = {**metrics, "pixels": {"linear": {"top1": 0.1}}, "initial": {"linear": {"top1": 0.2}}}
-    rows = experiments.markdown({"global": {3: metrics}}, columns)
+    rows = tables.markdown({"mocov3": {3: metrics}}, columns)
     assert rows[2:] == ["| raw pixels | 3 | 0.100 |", "| initial | 3 | 0.200 |",
-                        "| global | 3 | 0.500 |"]
+                        "| mocov3 | 3 | 0.500 |"]
 
 
 def line(path, seed, **changes):
@@ -78,10 +81,11 @@ def line(path, seed, **changes):
         file.write(json.dumps(record) + "\n")
 
 
-def tables_of(text):
+def split_tables(text):
     """Split a printed text -> {title: lines of the table}."""
-    titles = [part for part in text.split("\n\n") if part and not part.startswith("|")]
-    return dict(zip([title.strip() for title in titles], map(lines_of, text.split("\n\n")[1::2])))
+    blocks = text.split("\n\n")
+    titles = [block.strip() for block in blocks if block and not block.startswith("|")]
+    return dict(zip(titles, map(lines_of, blocks[1::2])))
 
 
 def test_tables_never_mix_identities(flowers, capsys):
@@ -91,9 +95,9 @@ def test_tables_never_mix_identities(flowers, capsys):
                           (2, {"evaluation": 2}), (3, {"weights": "b" * 64, "source": "b.pth"}),
                           (4, {"images": "36 + 12 images, abd"})):
         line(path, seed, **changes)
-    experiments.main(["methods", str(flowers), "--rows", "lodisc", "--seeds"])
-    tables = tables_of(capsys.readouterr().out)
-    rows = {title: lines[2].split(" | ")[1:3] for title, lines in tables.items()}
+    tables.main(["methods", str(flowers), "--rows", "lodisc", "--seeds"])
+    printed = split_tables(capsys.readouterr().out)
+    rows = {title: lines[2].split(" | ")[1:3] for title, lines in printed.items()}
     expected = {"abc; cpu, float32, 1 threads; evaluation 1; initial weights: a.pth": [
                     "0 1", "0.002 ± 0.001"],
                 "NVIDIA H200, bfloat16, 1 threads; evaluation 1": ["0", "0.003"],
@@ -105,62 +109,69 @@ def test_tables_never_mix_identities(flowers, capsys):
         assert [row for title, row in rows.items() if words in title] == [cells], words
 
 
+def export_encoder(path, depth):
+    """Write an encoder's weights as `eval.py export` does."""
+    encoder = VisionTransformer(16, 8, 96, depth, 3)
+    config = dict(image_size=16, patch_size=8, dim=96, depth=depth, heads=3, mean=[0.5] * 3,
+                  std=[0.5] * 3)
+    torch.save({"state_dict": encoder.state_dict(), "config": config}, path)
+    return encoder
+
+
 def test_table_of_other_weights_has_no_stored_number(flowers, capsys):
     """Ask for a file other than the stored runs', for theirs under another name, and for none."""
     path = Path("results/flowers.jsonl")
-    encoders = {name: VisionTransformer(16, 8, 96, 2, 3) for name in ("own", "other")}
-    for name, encoder in encoders.items():
-        experiments.evaluation.export(encoder, f"{name}.pth")
+    encoders = {name: export_encoder(f"{name}.pth", depth=2) for name in ("own", "other")}
     torch.save(encoders["own"].state_dict() | {"head.weight": torch.zeros(1)}, "renamed.pth")
-    assert experiments.init_hash("own.pth") == experiments.weights_hash(encoders["own"])
-    assert experiments.init_hash("own.pth") != experiments.init_hash("other.pth")
-    line(path, 0, weights=experiments.init_hash("own.pth"), source="own.pth")
+    assert tables.init_hash("own.pth") == tables.weights_hash(encoders["own"])
+    assert tables.init_hash("own.pth") != tables.init_hash("other.pth")
+    line(path, 0, weights=tables.init_hash("own.pth"), source="own.pth")
     ask = ["methods", str(flowers), "--rows", "lodisc", "--seeds"]
     Path("copies").mkdir()
     Path("own.pth").rename("copies/moved.pth")
-    experiments.main([*ask, "--init", "copies/moved.pth"])
+    tables.main([*ask, "--init", "copies/moved.pth"])
     assert "| lodisc | 0 | 0.001" in capsys.readouterr().out
     for arguments, says in ((["--init", "other.pth"], "no such run is stored"),
                             (["--init", "missing.pth"], "missing.pth: no such file"),
                             (["0", "--init", "missing.pth"], "missing.pth: no such file")):
         with pytest.raises(UserError, match=says):
-            experiments.main([*ask, *arguments])
+            tables.main([*ask, *arguments])
     assert "0.001" not in capsys.readouterr().out
     for word, change in (("name", {"a.bias": torch.zeros(2)}),
                          ("value", {"a.weight": torch.ones(2)}),
                          ("shape", {"a.weight": torch.zeros(2, 1)})):
         module = torch.nn.Module()
         module.state_dict = lambda: {"a.weight": torch.zeros(2)}
-        first = experiments.weights_hash(module)
+        first = tables.weights_hash(module)
         module.state_dict = lambda change=change: change
-        assert experiments.weights_hash(module) != first, word
+        assert tables.weights_hash(module) != first, word
 
 
 def test_images_are_known_by_names_and_sizes(flowers):
-    first = experiments.describe_images(load_data(str(flowers)))
+    first = tables.describe_images(load_data(str(flowers)))
     moved = flowers.rename(flowers.parent / "moved")
-    assert experiments.describe_images(load_data(str(moved))) == first
-    assert experiments.describe_images(load_data(str(moved), held_out=True)) != first
+    assert tables.describe_images(load_data(str(moved))) == first
+    assert tables.describe_images(load_data(str(moved), held_out=True)) != first
     path = moved / "test" / "class 1" / "0.jpg"
     whole = path.read_bytes()
     path.write_bytes(whole + b"1")
-    assert experiments.describe_images(load_data(str(moved))) != first
+    assert tables.describe_images(load_data(str(moved))) != first
     path.write_bytes(whole)
-    assert experiments.describe_images(load_data(str(moved))) == first
+    assert tables.describe_images(load_data(str(moved))) == first
     path.rename(path.with_name("00.jpg"))
-    assert experiments.describe_images(load_data(str(moved))) != first
-    birds = [experiments.describe_images(Data(Birds("train", 9, seed), Birds("test", 4)))
+    assert tables.describe_images(load_data(str(moved))) != first
+    birds = [tables.describe_images(Data(Birds("train", 9, seed), Birds("test", 4)))
              for seed in (0, 1)]
     assert birds[0] != birds[1] and birds[0].startswith("9 + 4 images, ")
 
 
 def test_runs_on_a_cpu_are_in_float32(monkeypatch):
-    options = experiments.complete("synthetic", ["--epochs", "twice"], init=None)
+    options = tables.complete("synthetic", ["--epochs", "twice"], init=None)
     assert options[-2:] == ["--amp", "off"] and options[1] == "20"
-    assert experiments.complete("synthetic", ["--amp", "bf16"]).count("--amp") == 1
+    assert tables.complete("synthetic", ["--amp", "bf16"]).count("--amp") == 1
     monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
-    assert "--amp" not in experiments.complete("synthetic", [])
-    assert experiments.describe_device(torch.device("cpu"), "bf16", 384) == "cpu, bfloat16"
+    assert "--amp" not in tables.complete("synthetic", [])
+    assert tables.describe_device(torch.device("cpu"), "bf16", 384) == "cpu, bfloat16"
 
 
 def test_damaged_store_is_named():
@@ -168,31 +179,28 @@ def test_damaged_store_is_named():
     with open("results/flowers.jsonl", "a") as file:
         file.write('{"name": "half')
     with pytest.raises(UserError, match="flowers.jsonl, line 2 is damaged"):
-        experiments.main(["methods", "flowers", "--seeds"])
+        tables.main(["methods", "flowers", "--seeds"])
 
 
-def test_variants_weight_the_local_loss_or_blur_the_other_patches():
-    model = experiments.Variant(VisionTransformer(16, 4, 8, 1, 2), weight=2, hidden_dim=8,
-                                 output_dim=4)
-    out = model(*torch.randn(2, 4, 3, 16, 16))
-    assert out.total.item() == pytest.approx((out.global_loss + 2 * out.local_loss).item())
-    blurred = experiments.Variant(VisionTransformer(16, 4, 8, 1, 2), blur=True, hidden_dim=8,
-                                  output_dim=4)
-    seen, view, mask = [], torch.randn(2, 3, 16, 16), out.masks[0][:2]
+def test_blurred_keeps_the_pivotal_patches_and_blurs_the_others():
+    encoder = VisionTransformer(16, 4, 8, 1, 2)
+    blurred = tables.Blurred(encoder, hidden_dim=8, output_dim=4)
+    seen, view = [], torch.randn(2, 3, 16, 16)
+    mask = blurred.pivotal_patches(view)
     blurred.momentum_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     blurred.local_key(view, mask)
-    pixels = experiments.mask_pixels(torch.ones_like(view), mask, 4) > 0
+    pixels = tables.mask_pixels(torch.ones_like(view), mask, 4) > 0
     assert torch.equal(seen[0][pixels], view[pixels])
-    others = seen[0][~pixels]
-    assert (others != 0).all() and others.var() < 0.3 * view[~pixels].var()
+    outside = seen[0][~pixels]
+    assert (outside != 0).all() and outside.var() < 0.3 * view[~pixels].var()
 
 
 def test_method_file_import_has_no_side_effects(monkeypatch):
-    """Load experiments.py as a method file: train.py is unchanged, and no file is written."""
-    monkeypatch.setitem(sys.modules, "experiments", experiments)  # restored afterwards
+    """Load tables.py as a method file: train.py is unchanged, and no file is written."""
+    monkeypatch.setitem(sys.modules, "tables", tables)  # restored afterwards
     before = {name: id(value) for name, value in vars(train).items()}
-    options, path = experiments.TABLES["variants"]["weight 2"], list(sys.path)
-    loaded = experiments.evaluation.load_method(options[1])
+    options, path = tables.TABLES["variants"]["blur True"], list(sys.path)
+    loaded = tables.evaluation.load_method(options[1])
     assert issubclass(loaded, train.load_encoder.__globals__["LoDisc"])
     assert {name: id(value) for name, value in vars(train).items()} == before
     assert not list(Path().iterdir()) and set(sys.path) == set(path)
@@ -200,67 +208,68 @@ def test_method_file_import_has_no_side_effects(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_store(monkeypatch):
-    monkeypatch.setattr(experiments, "STORE", Path("results"))
+    monkeypatch.setattr(tables, "STORE", Path("results"))
 
 
 def test_held_out_tables_open_no_test_image(flowers, monkeypatch, capsys):
-    assert experiments.HELD_OUT == ("recipe", "variants")
+    assert tables.HELD_OUT == ("recipe", "variants")
     for path in (flowers / "test").rglob("*.jpg"):
         path.write_text("no image")
-    monkeypatch.setitem(experiments.TABLES, "recipe", {"global": ["--method", "global"]})
-    experiments.main(["recipe", str(flowers), "--seeds", "0", *SMALL])
-    assert lines_of(capsys.readouterr().out)[-1].startswith("| global | 0 | ")
-    folder, = experiments.RUNS.iterdir()
-    assert folder.name.startswith("flowers-held-out-method-global-")
+    monkeypatch.setitem(tables.TABLES, "recipe", {"mocov3": ["--method", "mocov3"]})
+    tables.main(["recipe", str(flowers), "--seeds", "0", *SMALL])
+    assert lines_of(capsys.readouterr().out)[-1].startswith("| mocov3 | 0 | ")
+    folder, = tables.RUNS.iterdir()
+    assert folder.name.startswith("flowers-held-out-method-mocov3-")
     config = read_weights(folder)["config"]
     assert config["held_out"] and config["epochs"] == 1
     assert config["num_images"] == 30  # four fifths of 36, by class
-    record, = experiments.stored(str(flowers)).values()
-    assert record["queries"]["class"] == [0, 0, 1, 1, 2, 2]
+    record, = tables.stored(str(flowers)).values()
     assert record["images"].startswith("30 + 6 images, ") and record["device"] == "cpu, float32"
+    classes = evaluation.read_results(tables.STORE / "classes.json")
+    assert classes == {record["images"]: [0, 0, 1, 1, 2, 2]}
 
 
 def test_options_of_tables_are_valid():
-    for rows in experiments.TABLES.values():
+    for rows in tables.TABLES.values():
         for options in rows.values():
             train.parse_args([{"twice": "2"}.get(word, word) for word in options])
 
 
 def test_named_data_root_is_passed_on(tmp_path):
     with pytest.raises(UserError, match=f"flowers17.*{tmp_path}/nowhere"):
-        experiments.main(["masks", "flowers17", "--data-root", str(tmp_path / "nowhere")])
+        tables.main(["masks", "flowers17", "--data-root", str(tmp_path / "nowhere")])
 
 
 def test_invalid_arguments_raise_before_training(flowers, monkeypatch):
     monkeypatch.delattr(train, "main")
     with pytest.raises(UserError, match="no train/ and test/"):
-        experiments.main(["methods", str(flowers / "train")])
+        tables.main(["methods", str(flowers / "train")])
     with pytest.raises(UserError, match="at most 10, got 11"):
-        experiments.main(["methods", "--seeds", *map(str, range(11))])
+        tables.main(["methods", "--seeds", *map(str, range(11))])
     with pytest.raises(UserError, match="give the seed"):
-        experiments.main(["pictures", "--seeds"])
-    with pytest.raises(UserError, match="--rows: no other in global, local, lodisc"):
-        experiments.main(["methods", "--rows", "lodisc", "other"])
-    assert not experiments.RUNS.exists()
+        tables.main(["pictures", "--seeds"])
+    with pytest.raises(UserError, match="--rows: no other in mocov3, local alone, lodisc"):
+        tables.main(["methods", "--rows", "lodisc", "other"])
+    assert not tables.RUNS.exists()
 
 
 @pytest.mark.slow
 def test_table_of_seeds(monkeypatch, capsys):
     """Run two rows with two seeds; finished runs are not trained again, killed ones resume."""
     data = Data(Birds("train", 40), Birds("test", 40))
-    for script in (train, experiments.evaluation):
+    for script in (train, tables.evaluation, tables.localisation):
         monkeypatch.setattr(script, "load_data", lambda *args, **options: data)
-    monkeypatch.setattr(experiments.evaluation, "STRENGTHS", (1.0,))
-    monkeypatch.setattr(experiments.evaluation, "DRAWS", 2)
+    monkeypatch.setattr(tables.evaluation, "STRENGTHS", (1.0,))
+    monkeypatch.setattr(parts, "DRAWS", 2)
     small = {**train.RECIPES["birds"], "image_size": 16, "epochs": 2, "batch_size": 20}
     monkeypatch.setitem(train.RECIPES, "birds", small)
     options = ["--workers", "0"]
-    other = [*experiments.TABLES["variants"]["weight 2"], *options]
-    monkeypatch.setitem(experiments.TABLES, "methods", {"lodisc": options, "double": other})
-    monkeypatch.setitem(sys.modules, "experiments", experiments)  # restored afterwards
+    other = [*tables.NEIGHBOURS["CVSA"], *options]
+    monkeypatch.setitem(tables.TABLES, "methods", {"lodisc": options, "double": other})
+    monkeypatch.setitem(sys.modules, "tables", tables)  # restored afterwards
     real, begun = train.main, []
     monkeypatch.setattr(train, "main", lambda argv: begun.append(argv) or real(argv))
-    experiments.main(["methods", "--seeds", "1", "0", "0"])
+    tables.main(["methods", "--seeds", "1", "0", "0"])
     lines = lines_of(capsys.readouterr().out)
     assert lines[0] == ("| | seeds | linear top-1 | k-NN top-1 | rank-1 | rank-5 | mAP | "
                         "on the bird | on its parts | part mIoU | training, s |")
@@ -269,43 +278,46 @@ def test_table_of_seeds(monkeypatch, capsys):
     for line in lines[2:4]:  # before training nothing is localised
         cells = [cell.strip() > "" for cell in line.split("|")[3:-1]]
         assert cells == 5 * [True] + 2 * [False] + [True, False]
-    folders = sorted(experiments.RUNS.iterdir())
+    folders = sorted(tables.RUNS.iterdir())
     assert len({folder.name[-9:] for folder in folders}) == 1  # of the identity
     assert [folder.name[:-9] for folder in folders] == [
-        *(f"synthetic-method-Variant-method-option-weight=2-workers-0-seed-{i}" for i in (0, 1)),
+        *(f"synthetic-method-CVSA-workers-0-seed-{i}" for i in (0, 1)),
         "synthetic-workers-0-seed-0", "synthetic-workers-0-seed-1"]
-    top1, object_ = ([json.loads((folder / "eval.json").read_text(encoding="utf-8"))[part][key]
-                      for folder in folders] for part, key in (
-                          ("linear", "top1"), ("localisation", "object")))
-    assert experiments.spread(top1[2:]) in lines[4]
-    assert experiments.difference(top1[:2], top1[2:]) in lines[6]
-    assert experiments.difference(object_[:2], object_[2:]) in lines[6]
-    records = experiments.stored("synthetic")
-    names, (identity, *others) = [name for name, _ in records], {known for _, known in records}
-    assert not others and identity.evaluation == evaluation.VERSION
-    assert identity[:3] == ("from scratch", experiments.describe_images(data), "cpu, float32")
+    results = [tables.metrics_of(folder) for folder in folders]
+    top1 = [metrics["linear"]["top1"] for metrics in results]
+    object_ = [metrics["localisation"]["object"] for metrics in results]
+    assert tables.spread(top1[2:]) in lines[4]
+    assert tables.difference(top1[:2], top1[2:]) in lines[6]
+    assert tables.difference(object_[:2], object_[2:]) in lines[6]
+    records = tables.stored("synthetic")
+    names = [name for name, _ in records]
+    identity, = {identity for _, identity in records}
+    assert identity.evaluation == evaluation.VERSION
+    assert identity[:3] == ("from scratch", tables.describe_images(data), "cpu, float32")
     assert sorted(names) == [folder.name[:-9] for folder in folders]
     record = records["synthetic-workers-0-seed-1", identity]
-    assert np.mean(record["queries"]["rank1"]) == pytest.approx(
-        record["metrics"]["retrieval"]["rank1"])
-    assert record["queries"]["class"] == data.test.targets
+    for key, metric in (("rank1", "rank1"), ("average_precision", "mAP")):
+        values = tables.unpack(record["queries"], key)
+        assert values.mean() == pytest.approx(record["metrics"]["retrieval"][metric], abs=1e-4)
+    classes = evaluation.read_results(tables.STORE / "classes.json")
+    assert classes == {record["images"]: data.test.targets}
     assert record["config"]["seed"] == 1 and "data_root" not in record["config"]
 
     begun.clear()
     for seeds in ("0", "1"), ():  # from the store
-        experiments.main(["methods", "--seeds", *seeds])
+        tables.main(["methods", "--seeds", *seeds])
         assert lines_of(capsys.readouterr().out) == lines and not begun
-    experiments.main(["methods", "--seeds", "--rows", "double", "lodisc"])
+    tables.main(["methods", "--seeds", "--rows", "double", "lodisc"])
     swapped = lines_of(capsys.readouterr().out)
     assert swapped[4:6] == lines[5:3:-1] and swapped[6].startswith("| lodisc − double |")
     with pytest.raises(UserError, match="no such run is stored"):
-        experiments.main(["methods", "--seeds", "--epochs", "3"])
-    (experiments.STORE / "synthetic.jsonl").unlink()
+        tables.main(["methods", "--seeds", "--epochs", "3"])
+    (tables.STORE / "synthetic.jsonl").unlink()
     (folders[2] / "eval.json").unlink()  # killed before it was evaluated
     for path in folders[1].glob("*.*"):  # killed before its first checkpoint
         if path.name != "config.json":
             path.unlink()
-    experiments.main(["methods", "--seeds", "0", "1"])
+    tables.main(["methods", "--seeds", "0", "1"])
     assert [argv[-2:] for argv in begun] == [["--resume", str(folders[2])],
                                              ["--out", str(folders[1])]]
     again = lines_of(capsys.readouterr().out)
@@ -313,22 +325,22 @@ def test_table_of_seeds(monkeypatch, capsys):
         [line.rsplit("|", 2)[0] for line in lines]  # equal except for the seconds
 
     begun.clear()  # a setting that may change with --resume does not make a run stale
-    assert experiments.run("synthetic", options, 0, "elsewhere") == (folders[2], identity)
+    assert tables.run("synthetic", options, 0, "elsewhere") == (folders[2], identity)
     assert not begun
     small["epochs"] = 3  # the recipe has changed
-    with pytest.raises(UserError, match="is a run with epochs 2, .*; move it away"):
-        experiments.run("synthetic", options, 0)
+    with pytest.raises(UserError, match="is a run with epochs 2; move it away"):
+        tables.run("synthetic", options, 0)
     small["epochs"] = 2
     begun.clear()
-    folder, _ = experiments.run("synthetic", [*options, *experiments.TWICE], 0)
+    folder, _ = tables.run("synthetic", [*options, *tables.TWICE], 0)
     assert read_weights(folder)["config"]["epochs"] == 4
     begun.clear()
 
-    monkeypatch.setattr(experiments, "ROOT", Path())
-    monkeypatch.setitem(experiments.TABLES, "methods", {"lodisc": options, "global": other})
-    Path("tests/pictures").mkdir(parents=True)
-    experiments.main(["pictures", "--seeds", "0"])
-    pictures = {path.name: path for path in Path("tests").rglob("*.*")}
+    monkeypatch.setattr(tables, "HERE", Path("drawn"))
+    monkeypatch.setitem(tables.TABLES, "methods", {"lodisc": options, "mocov3": other})
+    Path("drawn/pictures").mkdir(parents=True)
+    tables.main(["pictures", "--seeds", "0"])
+    pictures = {path.name: path for path in Path("drawn").rglob("*.*")}
     assert sorted(pictures) == ["masks.png", "method.png"] and not begun
     assert all(path.stat().st_size < 200_000 for path in pictures.values())
     assert Image.open(pictures["method.png"]).width == 1200
@@ -336,52 +348,53 @@ def test_table_of_seeds(monkeypatch, capsys):
 
 
 def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypatch, capsys):
-    experiments.evaluation.export(VisionTransformer(16, 8, 96, 4, 3), "nano.pth")
-    monkeypatch.setattr(experiments.evaluation, "STRENGTHS", (1.0,))
+    export_encoder("nano.pth", depth=4)
+    monkeypatch.setattr(tables.evaluation, "STRENGTHS", (1.0,))
     small = ["--image-size", "16", "--batch-size", "12", "--epochs", "1", "--workers", "0"]
-    monkeypatch.setitem(experiments.TABLES, "pretrained", {
-        row: experiments.TABLES["methods"][row] for row in ("global", "lodisc")})
-    kinds, real = [], experiments.evaluation.evaluate
-    monkeypatch.setattr(experiments.evaluation, "evaluate", lambda *args, **options: (
+    monkeypatch.setitem(tables.TABLES, "pretrained", {
+        row: tables.TABLES["methods"][row] for row in ("mocov3", "lodisc")})
+    kinds, real = [], tables.evaluation.evaluate
+    monkeypatch.setattr(tables.evaluation, "evaluate", lambda *args, **options: (
         kinds.append(options["kind"]), real(*args, **options))[1])
     arguments = [str(flowers), "--init", "nano.pth", *small]
-    experiments.main(["pretrained", *arguments, "--seeds", "3", "4"])
+    tables.main(["pretrained", *arguments, "--seeds", "3", "4"])
     assert kinds == ["mean"] * 4
     printed = capsys.readouterr().out
     rows = [line.split(" |")[0] for line in lines_of(printed)]
-    assert rows.count("| initial") == rows.count("| lodisc − global") == 3
+    assert rows.count("| initial") == rows.count("| lodisc − mocov3") == 3
     assert printed.count("bootstrap over seeds and queries: [") == 2
-    record, = [record for (name, _), record in experiments.stored(str(flowers)).items() if name ==
+    record, = [record for (name, _), record in tables.stored(str(flowers)).items() if name ==
                "flowers-image-size-16-batch-size-12-epochs-1-workers-0-seed-3"]
     mean = record["metrics"]["mean"]
     assert mean["linear"] and mean["initial"]["retrieval"] and mean["pixels"]
-    folder, = experiments.RUNS.glob(record["name"] + "-*")
-    encoders = {"initial": load_encoder("nano.pth"), "own": load_encoder(folder, momentum=True)}
-    crop = 16, encoders["own"].mean, encoders["own"].std
-    expected = experiments.measure(encoders, load_data(str(flowers)).test, crop)
-    assert record["metrics"]["kept"] == {**expected["own"], "initial": expected["initial"]}
+    folder, = tables.RUNS.glob(record["name"] + "-*")
+    momentum = load_encoder(folder, use_momentum=True)
+    encoders = {"initial": load_encoder("nano.pth"), "trained": momentum}
+    preprocessing = Preprocessing(16, momentum.mean, momentum.std)
+    expected = kept.measure(encoders, load_data(str(flowers)).test, preprocessing)
+    assert record["metrics"]["kept"] == {**expected["trained"], "initial": expected["initial"]}
     assert ("| rank-1, all | rank-1, location | rank-1, random | rank-1, least | mAP, all |"
             in printed)
 
-    path, = experiments.STORE.iterdir()  # as if another table had run some of them
+    path, = tables.STORE.glob("*.jsonl")  # as if another table had run some of them
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for line in lines:
-        if "global" not in line["name"] or line["name"].endswith("seed-4"):
+        if "mocov3" not in line["name"] or line["name"].endswith("seed-4"):
             del line["metrics"]["mean"]
         del line["metrics"]["kept"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    experiments.main(["pretrained", *arguments, "--seeds"])
+    tables.main(["pretrained", *arguments, "--seeds"])
     rows = [line.split(" | ") for line in lines_of(capsys.readouterr().out)]
-    assert [row[1] for row in rows if row[0] == "| global"] == ["3 4", "3"]
+    assert [row[1] for row in rows if row[0] == "| mocov3"] == ["3 4", "3"]
     assert [row[0] for row in rows].count("| lodisc") == 1
 
-    monkeypatch.setattr(experiments, "ROOT", Path())
+    monkeypatch.setattr(tables, "HERE", Path("drawn"))
     monkeypatch.delattr(train, "main")  # the runs are finished
-    Path("tests/pictures").mkdir(parents=True)
-    experiments.main(["pictures", *arguments, "--seeds", "4"])
+    Path("drawn/pictures").mkdir(parents=True)
+    tables.main(["pictures", *arguments, "--seeds", "4"])
     printed = [line.split(" product ")[0] for line in capsys.readouterr().out.splitlines()]
     assert printed == ["initial weights", "MoCo v3", "LoDisc"]
-    path, = Path("tests").rglob("*.*")
+    path, = Path("drawn").rglob("*.*")
     page, step = Image.open(path).convert("RGB"), draw.TILE + draw.GAP
     assert path.name == "kept_flowers.png" and page.height == 4 * step + draw.GAP
     for x in range(draw.SHOWN):

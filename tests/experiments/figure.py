@@ -3,10 +3,10 @@
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data.augment import TwoViews
+from data.augment import Preprocessing, TwoViews
 from data.draw import BLUE, GREY, ORANGE, heat_map, kept_patches
 from eval import build_model
-from lodisc import attention_product, class_row, mask_pixels, read_weights
+from lodisc import attention_product, location_mask, mask_pixels, read_weights
 
 WIDTH, HEIGHT = 1200, 690
 FONT, BOLD = ImageFont.load_default(17), ImageFont.load_default(22)
@@ -74,13 +74,16 @@ def overview(folder, dataset, shown=90):
     model = build_model(config, fresh=False)
     model.load_state_dict(weights["model"])
     model.train()
-    views = TwoViews(dataset, *(config[name] for name in ("image_size", "mean", "std", "seed",
-                                                          "crop_min")))
-    view, other = map(torch.stack, zip(*(views[0, i] for i in range(config["batch_size"]))))
+    preprocessing = Preprocessing(config["image_size"], config["mean"], config["std"])
+    views = TwoViews(dataset, preprocessing, config["seed"], config["crop_min"])
+    pairs = [views[0, i] for i in range(config["batch_size"])]
+    view, other = map(torch.stack, zip(*pairs))
     i = shown % len(view)
     query = model.query(view)
-    key, attentions = model.global_key(other)
-    importance, mask = attention_product(attentions), model.pivotal_mask(other, attentions, None)
+    key, _ = model.key_and_mask(other)
+    _, attentions = model.momentum_encoder.with_attention(other, "row")  # (B, N) of each layer
+    importance = attention_product(attentions)
+    mask = location_mask(importance, model.keep_ratio)
     masked = mask_pixels(other, mask, model.encoder.patch_size)
     local = model.local_key(other, mask)
     losses = [model.contrast(query, keys).item() for keys in (key, local)]
@@ -98,7 +101,7 @@ def overview(folder, dataset, shown=90):
     # the global branch
     for y, index, values, lines, colour in (
             (QUERY, "q", query, ("projector, predictor", "LoDisc.query"), BLUE),
-            (KEY, "k", key, ("projector (EMA)", "LoDisc.global_key"), ORANGE)):
+            (KEY, "k", key, ("projector (EMA)", "LoDisc.key_and_mask"), ORANGE)):
         page.box(320, y, index, colour)
         page.arrow((365, y), (Z - 74, y))
         page.text(670, y - 14, lines[0])
@@ -122,7 +125,7 @@ def overview(folder, dataset, shown=90):
     page.arrow((320, KEY + 30), (320, LOCAL - 50))
     for layer, attention in enumerate(attentions):
         x = 58 + 106 * layer
-        page.tile(x, LOCAL, heat_map(class_row(attention)[i], images[1]), MAP)
+        page.tile(x, LOCAL, heat_map(attention[i], images[1]), MAP)
         page.text(x, LOCAL - 56, f"layer {layer + 1}")
     for x in range(111, 400, 106):  # times
         page.pen.line(((x - 4, LOCAL - 4), (x + 4, LOCAL + 4)), "black", 2)
@@ -135,7 +138,9 @@ def overview(folder, dataset, shown=90):
         x = 512 + 148 * j
         page.tile(x, LOCAL, picture, MAP)
         page.text(x, LOCAL - 58, name)
-        page.text(x, LOCAL + 58, shape(values), *["logarithm"] * (values is importance))
+        page.text(x, LOCAL + 58, shape(values))
+        if values is importance:
+            page.text(x, LOCAL + 78, "logarithm")
         page.arrow((x + 48, LOCAL), (x + 100, LOCAL))
     # the local branch
     page.tile(808, LOCAL, images[2], MAP)

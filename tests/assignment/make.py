@@ -1,6 +1,6 @@
 """Make a student's copy of lodisc.py, without the bodies of its central functions, and graders.
 
-    python tests/assignment.py OUT
+    python tests/assignment/make.py OUT
     cd OUT && python -m pytest        # prints which exercises pass, and the points
 
 OUT must not exist yet. The functions are found by name in lodisc.py, and the graders compare with
@@ -12,12 +12,11 @@ import ast
 import importlib.util
 import shutil
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # exercise: (points, functions of lodisc.py), in the suggested order
 EXERCISES = {
     "attention": (15, ["attention_weights", "Attention.forward"]),
@@ -28,7 +27,7 @@ EXERCISES = {
     "update": (10, ["momentum_update"]),
     "schedule": (5, ["momentum_schedule"]),
     "loss": (15, ["contrastive_loss"]),
-    "branches": (15, ["LoDisc.forward"]),
+    "branches": (15, ["MoCoV3.forward", "LoDisc.forward"]),
 }
 CONFTEST = '''\
 """Print the points of the exercises after pytest's summary."""
@@ -43,8 +42,8 @@ def pytest_terminal_summary(terminalreporter):
 
     passed = POINTS.keys() & exercises("passed") - exercises("failed") - exercises("error")
     for exercise, points in POINTS.items():
-        own = points if exercise in passed else 0
-        terminalreporter.write_line(f"{{exercise:<12}}{{own:>3}} of {{points}}")
+        earned = points if exercise in passed else 0
+        terminalreporter.write_line(f"{{exercise:<12}}{{earned:>3}} of {{points}}")
     total = sum(POINTS[exercise] for exercise in passed)
     terminalreporter.write_line(f"{{'total':<12}}{{total:>3}} of {{sum(POINTS.values())}}")
 '''
@@ -67,22 +66,22 @@ outputs. Complete them in the order of the table. The paper is arXiv 2403.04066;
 
 def functions(source):
     """Return {qualified name: ast node} of a module's functions and methods."""
-    found = {}
+    nodes = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef):
-            found[node.name] = node
+            nodes[node.name] = node
         elif isinstance(node, ast.ClassDef):
-            found.update({f"{node.name}.{inner.name}": inner for inner in node.body
+            nodes.update({f"{node.name}.{inner.name}": inner for inner in node.body
                           if isinstance(inner, ast.FunctionDef)})
-    return found
+    return nodes
 
 
 def without_bodies(source):
     """Return the source with a NotImplementedError in place of each exercise's body."""
-    lines, found = source.splitlines(keepends=True), functions(source)
-    taken = [(found[name], exercise, name) for exercise, (_, names) in EXERCISES.items()
-             for name in names]
-    for node, exercise, name in sorted(taken, key=lambda item: -item[0].lineno):
+    lines, nodes = source.splitlines(keepends=True), functions(source)
+    removed = [(nodes[name], exercise, name) for exercise, (_, names) in EXERCISES.items()
+               for name in names]
+    for node, exercise, name in sorted(removed, key=lambda item: -item[0].lineno):
         first = node.body[1].lineno - 1  # after the docstring
         while lines[first - 1].lstrip().startswith("#"):
             first -= 1
@@ -111,36 +110,40 @@ def reference_values(lodisc):
     def draw(*shape):
         return torch.randn(shape, generator=generator)
 
-    rows = [draw(2, 3, 10).mul(2).softmax(-1) for _ in range(4)]
-    matrices = [draw(2, 3, 10, 10).mul(2).softmax(-1) for _ in range(4)]
+    rows = [draw(2, 9).mul(2).softmax(-1) for _ in range(4)]
+    matrices = [draw(2, 10, 10).mul(2).softmax(-1) for _ in range(4)]
     attention, x = lodisc.Attention(12, 3), draw(2, 5, 12)
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.copy_(draw(*parameter.shape) / 2)
-        weights = {"weights": attention.state_dict(), "x": x, "features": attention(x)[0]}
-        weights |= {name: attention(x, name)[1] for name in ("row", "full")}
-    torch.manual_seed(0)
-    figure = {"views": draw(2, 6, 3, 32, 32), "results": {}}
-    for method in lodisc.METHODS:
-        model = lodisc.LoDisc(lodisc.VisionTransformer(32, 8, 24, 2, 3), method, hidden_dim=32,
-                              output_dim=16)
-        model.load_state_dict(figure.setdefault("weights", model.state_dict()))
-        output = model(*figure["views"])
-        figure["results"][method] = [loss.item() for loss in output[:3]]
-        figure["masks"] = list(output.masks or figure["masks"])  # "lodisc" comes first
+        layer = {"weights": attention.state_dict(), "x": x, "features": attention(x)[0]}
+        layer |= {kind: attention(x, kind)[1] for kind in ("row", "matrix")}
     q, k, queries, keys = draw(2, 3, 4, 8), draw(2, 3, 6, 8), draw(4, 8), draw(6, 8)
     return {
-        "attention": weights | {"q": q, "k": k, "of q and k": lodisc.attention_weights(q, k)},
+        "attention": layer | {"q": q, "k": k, "of q and k": lodisc.attention_weights(q, k)},
         "positions": lodisc.sincos_positions(3, 8),
-        "product": {"rows": rows, "matrices": matrices, "of rows": lodisc.attention_product(rows),
-                    "of matrices": lodisc.attention_product(matrices)},
+        "product": {"rows": rows, "result": lodisc.attention_product(rows)},
         "rollout": {"matrices": matrices, "result": lodisc.attention_rollout(matrices)},
         "schedule": [lodisc.momentum_schedule(step, 8, 0.9) for step in range(9)],
         "loss": {"queries": queries, "keys": keys, "result": [
             lodisc.contrastive_loss(queries, keys, temperature, offset).item()
             for temperature, offset in ((0.2, 0), (0.5, 0), (0.2, 2))]},
-        "branches": figure,
+        "branches": branches(lodisc, draw),
     }
+
+
+def branches(lodisc, draw):
+    """Compute the reference values of the forward passes, for a small LoDisc."""
+    torch.manual_seed(0)
+    views = draw(2, 6, 3, 32, 32)
+    model = lodisc.LoDisc(lodisc.VisionTransformer(32, 8, 24, 1, 3), hidden_dim=32, output_dim=16)
+    with torch.no_grad():  # both sides start alike; make a key of the wrong side differ
+        for parameter in (*model.encoder.parameters(), *model.projector.parameters()):
+            parameter.add_(draw(*parameter.shape) / 10)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    output = model(*views)
+    return {"views": views, "weights": weights, "masks": list(output.masks),
+            "global_loss": output.global_loss.item(), "local_loss": output.local_loss.item()}
 
 
 def main(argv=None):
@@ -148,12 +151,12 @@ def main(argv=None):
     parser.add_argument("out", type=Path, help="a new folder")
     out = parser.parse_args(argv).out
     if out.exists():
-        sys.exit(f"assignment.py: {out} exists; give a new folder")
+        sys.exit(f"make.py: {out} exists; give a new folder")
     out.mkdir(parents=True)
     source = (ROOT / "lodisc.py").read_text(encoding="utf-8")
-    (out / "lodisc.py").write_text(without_bodies(source))
+    (out / "lodisc.py").write_text(without_bodies(source), encoding="utf-8")
     torch.save(reference_values(load(ROOT / "lodisc.py", "solved")), out / "expected.pt")
-    shutil.copy(ROOT / "tests" / "exercises.py", out / "test_exercises.py")
+    shutil.copy(Path(__file__).with_name("graders.py"), out / "test_exercises.py")
     shutil.copy(ROOT / "requirements.txt", out)
     points = {exercise: points for exercise, (points, _) in EXERCISES.items()}
     (out / "conftest.py").write_text(CONFTEST.format(points=points))

