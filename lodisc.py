@@ -63,7 +63,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)), the weights that a fused attention kernel never exposes.
+    """Return softmax(q k^T / sqrt(d)) over keys: the weights that a fused kernel never exposes.
 
     q (B, h, Q, d), k (B, h, T, d) -> (B, h, Q, T), float32 or wider under any autocast:
     the product over layers (section 2) would multiply twelve rounding errors of half precision."""
@@ -300,7 +300,7 @@ def attention_rollout(attentions: list[Tensor], patches=None) -> Tensor:
     """Attention rollout: the class token's row of the product of (A_L + I) / 2 ... (A_1 + I) / 2.
 
     attentions: matrices (B, 1+N, 1+N), one per layer, first layer first; the last layer is the
-    leftmost factor -> (B, N), without the class token's own entry. Abnar and Zuidema 2020."""
+    leftmost factor -> (B, N), without the class token. No autocast. Abnar and Zuidema 2020."""
     row = torch.zeros_like(attentions[0][:, 0])  # (B, 1+N)
     row[:, 0] = 1  # the class token
     with torch.autocast(row.device.type, enabled=False):
@@ -393,7 +393,7 @@ def momentum_update(online: nn.Module, momentum: nn.Module, m: float) -> None:
     """Exponential moving average, in place: momentum <- m * momentum + (1 - m) * online.
 
     Of parameters alone, which both modules have alike: BatchNorm's running statistics are not
-    averaged. By Tensor.lerp_, so that weights that are never trained stay equal exactly."""
+    averaged. By Tensor.lerp_, so that equal weights stay equal to the last bit."""
     for old, new in zip(momentum.parameters(), online.parameters(), strict=True):
         old.lerp_(new, 1 - m)
 
@@ -408,8 +408,8 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, offset: 
     """InfoNCE with in-batch negatives, times 2 * temperature (MoCo v3, Algorithm 1) -> scalar.
 
     queries (B, C), keys (M, C), of any norm; keys get no gradient. The cross-entropy of a softmax
-    of cosine / temperature over all keys, mean over queries: query i's positive is key offset + i,
-    all others are negatives. Float32 or wider. Of equal features: 2 * temperature * log M."""
+    of cosine / temperature over all keys, mean over queries: query i's positive is key offset + i.
+    Float32 or wider under any autocast. If all features are equal: 2 * temperature * log M."""
     with torch.autocast(queries.device.type, enabled=False):
         queries = F.normalize(at_least_float32(queries), dim=1)
         keys = F.normalize(at_least_float32(keys.detach()), dim=1)
@@ -455,9 +455,10 @@ class MoCoV3(nn.Module):
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
     def forward(self, view1, view2, generator=None, progress=0.0):
-        """Two augmentations of the same images, each (B, 3, H, W) -> MoCoV3Output. Each has passes
-        of its own, so that BatchNorm never mixes the views. generator and progress (the fraction
-        of the run that is done) are for subclasses. Raises ValueError for B < 2 or unlike views."""
+        """Two augmentations of the same images, (B, 3, H, W) -> MoCoV3Output: the `contrast` of
+        each view's query with the OTHER view's key, summed. Keys record no gradient; no weight is
+        updated. Each view has its own passes: BatchNorm never mixes them. generator, progress (the
+        fraction of the run that is done): for subclasses. ValueError for B < 2 or unlike views."""
         check_views(view1, view2)
         q1, q2 = self.query(view1), self.query(view2)
         with torch.no_grad():  # stop-gradient
@@ -542,7 +543,9 @@ class LoDisc(MoCoV3):
         self.global_weight, self.local_weight = global_weight, local_weight
 
     def forward(self, view1, view2, generator=None, progress=0.0):
-        """As `MoCoV3.forward` -> LoDiscOutput. generator (CPU): for the random and block masks."""
+        """As `MoCoV3.forward` -> LoDiscOutput: global_loss; local_loss likewise, with the OTHER
+        view's local key, of that view's own mask; total, their weighted sum. Momentum passes:
+        `key_and_mask` of each view, then `local_key` of each. generator (CPU): for random masks."""
         check_views(view1, view2)
         q1, q2 = self.query(view1), self.query(view2)
         with torch.no_grad():  # stop-gradient
@@ -580,17 +583,13 @@ METHODS = {"lodisc": LoDisc, "mocov3": MoCoV3}
 # --- 6. Published weights --------------------------------------------------------------------
 
 
-class Format(NamedTuple):
-    name: str
-    online: tuple[str | None, str]  # key of the file's dict (None: the dict itself), name prefix
-    momentum: tuple[str, str] | None = None
-
-
-FORMATS = (
-    Format("LoDisc", ("model", "encoder."), ("model", "momentum_encoder.")),
-    Format("MoCo v3", ("state_dict", "base_encoder."), ("state_dict", "momentum_encoder.")),
-    Format("DINO, student and teacher", ("student", "backbone."), ("teacher", "backbone.")),
-    *(Format("timm's or torchvision's names", (key, "")) for key in ("model", "state_dict", None)),
+FORMATS = (  # name; key of the file's dict and prefix of the names, online and momentum encoder
+    ("LoDisc", ("model", "encoder."), ("model", "momentum_encoder.")),
+    ("MoCo v3", ("state_dict", "base_encoder."), ("state_dict", "momentum_encoder.")),
+    ("DINO, student and teacher", ("student", "backbone."), ("teacher", "backbone.")),
+    ("timm's or torchvision's names", ("model", ""), None),
+    ("timm's or torchvision's names", ("state_dict", ""), None),
+    ("timm's or torchvision's names", (None, ""), None),  # the dict itself
 )
 RENAMES = (  # torchvision's names to timm's
     (r"^class_token", "cls_token"), (r"^conv_proj", "patch_embed.proj"),
@@ -654,16 +653,15 @@ def load_encoder(path, use_momentum=False, image_size=None) -> VisionTransformer
     config = contents.get("config")
     if not isinstance(config, dict) or "heads" not in config:  # another project's
         config = {}
-    for form in FORMATS:
-        key, prefix = form.online
+    for kind, (key, prefix), momentum in FORMATS:
         tensors = select_tensors(contents, key)
         if prefix + "cls_token" in tensors or prefix + "class_token" in tensors:
             break
     else:
         raise UserError(f"{path}: no ViT of a known format in it")
     if use_momentum:
-        require(form.momentum, f"{path} ({form.name}) has no momentum encoder", UserError)
-        key, prefix = form.momentum
+        require(momentum, f"{path} ({kind}) has no momentum encoder", UserError)
+        key, prefix = momentum
         tensors = select_tensors(contents, key)
     state, left_out = {}, set()
     for name, tensor in tensors.items():
@@ -678,7 +676,7 @@ def load_encoder(path, use_momentum=False, image_size=None) -> VisionTransformer
         fold_layer_scale(state)
         dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
         depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-        heads = 12 if form.name == "MoCo v3" and dim == 384 else dim // 64
+        heads = 12 if kind == "MoCo v3" and dim == 384 else dim // 64
         heads = config.get("heads", heads)
         require(config or dim % 64 == 0, f"the number of heads of width {dim} is unknown; give a "
                 "checkpoint.pt or a file of `eval.py export`")
@@ -691,10 +689,11 @@ def load_encoder(path, use_momentum=False, image_size=None) -> VisionTransformer
         encoder.load_state_dict(state)
     except (LookupError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())  # names missing, unexpected and misshapen tensors
-        raise UserError(f"{path} ({form.name}) does not fit the encoder: {reason[:300]}") from None
+        raise UserError(f"{path} ({kind}) does not fit the encoder: {reason[:300]}") from None
     encoder.config = config
     encoder.mean, encoder.std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
-    kind = f"{form.name}, momentum encoder" if use_momentum else form.name
+    if use_momentum:
+        kind += ", momentum encoder"
     encoder.source = (f"{path}: {kind}, {depth} layers of width {dim}; left out: "
                       f"{', '.join(sorted(left_out)) or 'nothing'}")
     return encoder.eval()

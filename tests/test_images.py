@@ -113,7 +113,10 @@ def test_folder_of_all_image_formats_trains(tmp_path, elsewhere):
 
 def drop(folder, keep=0):
     for path in sorted(folder.iterdir())[keep:]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def empty_class(data):

@@ -112,14 +112,17 @@ def test_mean_iou_matches_loops(monkeypatch):
 def test_shots_cover_the_classes_and_are_reproducible(monkeypatch):
     monkeypatch.setattr(evaluation, "STRENGTHS", (1.0,))
     data, seen, real = Birds("train", 200), [], evaluation.extract
-    monkeypatch.setattr(evaluation, "extract", lambda encoders, dataset, *rest: (
-        seen.append(dataset), real(encoders, dataset, *rest))[1])
     draws, real_probe = [], evaluation.linear_probe
+
+    def extract(encoders, dataset, *rest):
+        seen.append(dataset)
+        return real(encoders, dataset, *rest)
 
     def probe(train, *rest, **options):
         draws.append(train[0])
         return real_probe(train, *rest, **options)
 
+    monkeypatch.setattr(evaluation, "extract", extract)
     monkeypatch.setattr(evaluation, "linear_probe", probe)
     for _ in range(2):
         segment({"raw pixels": PatchPixels(8)}, data, Birds("test", 20), 10)
@@ -133,13 +136,13 @@ def test_shots_cover_the_classes_and_are_reproducible(monkeypatch):
 
 
 def test_shots_cycle_through_the_classes():
-    for draw in range(3):
-        by_class = parts.shuffled_by_class([i % 4 for i in range(40)], draw)
-        firsts = [own[0] % 4 for own in by_class]
-        assert sorted(firsts) == [0, 1, 2, 3] and all(
-            {i % 4 for i in own} == {first} for own, first in zip(by_class, firsts))
-    orders = {tuple(own[0] % 4 for own in parts.shuffled_by_class([0, 1, 2, 3] * 9, draw))
-              for draw in range(9)}
+    targets, orders = [i % 4 for i in range(40)], set()
+    for draw in range(9):
+        shots = parts.draw_shots(targets, 40, draw)
+        classes = [targets[i] for i in shots]
+        assert sorted(shots) == list(range(40)) and sorted(classes[:4]) == [0, 1, 2, 3]
+        assert classes == 10 * classes[:4]
+        orders.add(tuple(classes[:4]))
     assert len(orders) > 3  # the first classes differ from draw to draw
 
 

@@ -354,8 +354,12 @@ def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypa
     monkeypatch.setitem(tables.TABLES, "pretrained", {
         row: tables.TABLES["methods"][row] for row in ("mocov3", "lodisc")})
     kinds, real = [], tables.evaluation.evaluate
-    monkeypatch.setattr(tables.evaluation, "evaluate", lambda *args, **options: (
-        kinds.append(options["kind"]), real(*args, **options))[1])
+
+    def evaluate(*args, **options):
+        kinds.append(options["kind"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(tables.evaluation, "evaluate", evaluate)
     arguments = [str(flowers), "--init", "nano.pth", *small]
     tables.main(["pretrained", *arguments, "--seeds", "3", "4"])
     assert kinds == ["mean"] * 4

@@ -166,7 +166,8 @@ def test_recipes_from_scratch(options, device, expected, capsys):
     assert {name: config[name] for name in expected} == expected
     printed = capsys.readouterr().out
     if options:
-        assert printed.startswith(f"chosen (scratch, {'CPU' if device == 'cpu' else 'GPU'}): ")
+        place = "CPU" if device == "cpu" else "GPU"
+        assert printed.startswith(f"chosen (scratch, {place}): ")
         assert all(f"{name} {value}" in printed for name, value in expected.items())
     else:
         assert printed == ""
