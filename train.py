@@ -9,6 +9,7 @@
 import argparse
 import ast
 import csv
+import gc
 import io
 import itertools
 import json
@@ -751,6 +752,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # collections need not walk the imported modules, here and in loading processes
     try:
         main()
     except UserError as error:

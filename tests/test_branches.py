@@ -138,7 +138,9 @@ def test_schedule_rises_from_base_to_one(total, base):
     values = [momentum_schedule(step, total, base) for step in range(total + 1)]
     assert values[0] == pytest.approx(base) and values[-1] == pytest.approx(1)
     assert all(a <= b + 1e-15 for a, b in zip(values, values[1:]))
-    assert momentum_schedule(total, 2 * total, base) == pytest.approx((1 + base) / 2)
+    for part, cosine in ((2, 0.0), (3, 0.5), (4, math.sqrt(0.5)), (6, math.sqrt(0.75))):
+        expected = 1 - (1 - base) * (1 + cosine) / 2
+        assert momentum_schedule(total, part * total, base) == pytest.approx(expected)
     assert momentum_schedule(0, total) == 0.99
 
 
@@ -163,10 +165,11 @@ def two_views(batch=6):
 
 
 @torch.no_grad()
-def move_momentum_encoder(model):
-    """Make the momentum encoder differ from the online one, and its attention from uniform."""
-    for parameter in model.momentum_encoder.parameters():
-        parameter += 0.05 * torch.randn_like(parameter)
+def move_momentum_side(model):
+    """Make the momentum side differ from the online one, and its attention from uniform."""
+    for module in (model.momentum_encoder, model.momentum_projector):
+        for parameter in module.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
 
 
 def contrast_by_hand(query, key, temperature=0.2):
@@ -237,7 +240,7 @@ def test_registry_has_the_methods_by_name():
 @pytest.mark.parametrize("temperature", [0.2, 0.5])
 def test_mocov3_output_is_total_and_global_loss_of_reference(temperature):
     model, views = tiny(MoCoV3, temperature=temperature), two_views()
-    move_momentum_encoder(model)
+    move_momentum_side(model)
     expected = global_by_hand(copy.deepcopy(model), views, temperature)
     output = model(*views)
     assert output._fields == ("total", "global_loss") and len(output) == 2
@@ -251,7 +254,7 @@ def test_mocov3_output_is_total_and_global_loss_of_reference(temperature):
 def test_lodisc_output_matches_reference(global_weight, local_weight, tokens):
     model = tiny(local_input="tokens" if tokens else "pixels", global_weight=global_weight,
                  local_weight=local_weight)
-    move_momentum_encoder(model)
+    move_momentum_side(model)
     views = two_views()
     masks = masks_by_hand(model, views)
     reference = copy.deepcopy(model)
@@ -278,7 +281,7 @@ def gradients(loss, model):
 def test_gradient_of_total_is_weighted_sum_of_losses_gradients(global_weight, local_weight):
     """With global_weight 0, it is the gradient of the local loss alone."""
     model = tiny(global_weight=global_weight, local_weight=local_weight)
-    move_momentum_encoder(model)
+    move_momentum_side(model)
     views = two_views()
     of_global = gradients(global_by_hand(model, views), model)
     of_local = gradients(local_by_hand(model, views), model)
@@ -385,7 +388,7 @@ def test_batch_norm_separates_whole_and_masked_images():
 @torch.no_grad()
 def test_query_and_key_match_reference():
     model, (view, _) = tiny(MoCoV3), two_views()
-    move_momentum_encoder(model)
+    move_momentum_side(model)
     query, key = model.query(view), model.key(view)
     assert torch.equal(query, model.predictor(model.projector(model.encoder(view))))
     assert torch.equal(key, model.momentum_projector(model.momentum_encoder(view)))
@@ -396,7 +399,7 @@ def test_query_and_key_match_reference():
 def test_key_and_mask_match_reference():
     """Compute the product of attention in loops, and sort it."""
     model, (view, _) = tiny(), two_views()
-    move_momentum_encoder(model)
+    move_momentum_side(model)
     key, mask = model.key_and_mask(view)
     assert torch.equal(key, model.momentum_projector(model.momentum_encoder(view)))
     assert mask.dtype == torch.bool and mask.shape == (6, 16)
@@ -411,7 +414,7 @@ def test_key_and_mask_match_reference():
 @pytest.mark.parametrize("tokens", [False, True])
 def test_local_key_matches_reference_for_any_mask(tokens):
     model, (view, _) = tiny(local_input="tokens" if tokens else "pixels"), two_views()
-    move_momentum_encoder(model)
+    move_momentum_side(model)
     mask = torch.rand(6, 16).argsort(1) < 4
     key = model.local_key(view, mask)
     assert key.shape == (6, 16)
@@ -458,7 +461,7 @@ def importance_by_name(encoder, images):
 def test_masks_follow_mask_and_importance(mask, function, importance):
     views = two_views()
     model = tiny(mask=mask, importance=importance)
-    move_momentum_encoder(model)  # so that the importances differ
+    move_momentum_side(model)  # so that the importances differ
     masks = model(*views).masks
     ranked = [importance_by_name(model.momentum_encoder, view) for view in views]
     for view in range(2):
@@ -511,14 +514,15 @@ def test_mocov3_runs_one_pass_of_each_encoder_for_each_view():
                                Pass("momentum_encoder", None, 16, True): 2}
 
 
-def test_momentum_side_records_no_gradient():
-    model, recorded = tiny(), []
+@pytest.mark.parametrize("method, calls", [(MoCoV3, 4), (LoDisc, 8)])
+def test_momentum_side_records_no_gradient(method, calls):
+    model, recorded = tiny(method), []
     for module in (model.momentum_encoder.norm, model.momentum_projector):
         module.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
     model(*two_views(2))
-    assert recorded == [False] * 8
+    assert recorded == [False] * calls
     model.pivotal_patches(two_views(2)[0])
-    assert recorded == [False] * 9
+    assert recorded == [False] * (calls + 1)
 
 
 # --- pictures and levels ----------------------------------------------------------------------
@@ -539,7 +543,7 @@ def test_pivotal_patches_are_most_important_patches_for_any_mask(importance, mas
 
 def test_pivotal_patches_of_mocov3_are_by_product_and_0_3():
     model, images = tiny(MoCoV3), two_views(3)[0]
-    move_momentum_encoder(model)
+    move_momentum_side(model)
     ranked = importance_by_name(model.momentum_encoder, images)
     online = importance_by_name(model.encoder, images)
     passes, masks = record_passes(model), model.pivotal_patches(images)
@@ -603,7 +607,7 @@ def test_own_importance_that_needs_patches_ranks_in_the_pass_of_the_key(monkeypa
 
     monkeypatch.setitem(lodisc.IMPORTANCES, "own", Importance(by_norm, "row", needs_patches=True))
     model, views = tiny(importance="own"), two_views()
-    move_momentum_encoder(model)
+    move_momentum_side(model)
     with torch.no_grad():
         expected = [location_mask(model.momentum_encoder.tokens(view)[1].norm(dim=2), 0.3)
                     for view in views]

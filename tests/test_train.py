@@ -4,7 +4,6 @@ import copy
 import csv
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys

@@ -131,9 +131,10 @@ def test_class_only_equals_class_token_of_all(kind):
 def test_last_layer_computes_patches_only_where_they_are_returned(call, computed):
     encoder, inside = create_vit("vit_nano", 32, 8), []
     for block in encoder.blocks:
-        block.mlp.register_forward_hook(lambda module, args, out: inside.append(out.shape[1]))
+        for module in (block.attn.proj, block.mlp):
+            module.register_forward_hook(lambda module, args, out: inside.append(out.shape[1]))
     call(encoder, torch.randn(2, 3, 32, 32))
-    assert inside == [17, 17, 17, computed]
+    assert inside == [17] * 6 + [computed] * 2
 
 
 @pytest.mark.parametrize("kind", [None, "row", "matrix"])

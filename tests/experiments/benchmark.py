@@ -9,7 +9,6 @@ so that timing drift affects all methods equally; all values are medians. No fil
 """
 
 import argparse
-import os
 import platform
 import statistics
 import sys

@@ -42,7 +42,7 @@ from torchvision.transforms import v2
 import eval as evaluation
 import localisation
 import parts
-from data.augment import Preprocessing, plain_crop, to_tensor
+from data.augment import plain_crop, to_tensor
 from data.birds import Birds
 from data.draw import example_indices, sheet
 from figure import overview
