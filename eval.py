@@ -135,8 +135,8 @@ def fit_logistic(features, labels, strength, start, tolerance=1e-7):
 
 
 def split_by_class(labels):
-    """Return the images on which the probe's strength is chosen, bool (n,): every tenth image,
-    drawn by seed 0 and counted class by class, but for classes of one image."""
+    """Return the images on which the probe's strength is chosen, bool (n,): a stratified tenth,
+    drawn with seed 0; classes with a single image are left out."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order.to(labels.device)
     order = order[labels[order].argsort(stable=True)]  # class by class
@@ -198,7 +198,7 @@ def retrieval(test, block=512):
 
     Rank-k: whether one of the k nearest is of the query's class. Average precision: the mean of
     the precision at every image of its class. Queries without another image of their class are
-    left out and counted. Ties go against the query's class, so that constant features score 0."""
+    left out and counted. Ties go against the query's class: rank-1 of constant features is 0."""
     require_finite(test[0])
     features, labels = F.normalize(test[0], dim=1), test[1]
     n, siblings = len(labels), labels.bincount()[labels] - 1  # siblings: others of its class, (n,)
@@ -331,8 +331,8 @@ def without_per_image(results):
 
 
 def write_whole(path, write):
-    """Call write(file) with a binary file: path gets all of its bytes, or stays as it was. Raises
-    UserError if that is not possible."""
+    """Write a file atomically by write(binary file). Raises UserError if that fails, and leaves
+    the file as it was."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # another process has its own
     try:
@@ -340,6 +340,8 @@ def write_whole(path, write):
             write(file)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # of a full disk torch.save raises RuntimeError
+        if isinstance(error.__context__, KeyboardInterrupt):  # which torch.save replaces
+            raise error.__context__ from None
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path} could not be written ({reason}): is the disk full, or the folder "
                         "not yours to write to?") from None
@@ -590,9 +592,11 @@ def output_path(args, config, name):
     """Return where a file goes; only a run's own picture of an earlier call is overwritten."""
     folder = run_folder(args) if config else Path()
     path = args.out or folder / name
-    replaceable = config and name.endswith(".png") and not args.out
-    require(path.parent.is_dir() and (replaceable or not path.exists()),
-            f"--out {path}: expected a new file in a folder that exists", UserError)
+    is_new = not path.exists()
+    if config and args.what != "export" and not args.out:
+        is_new = True  # replaces the run's picture of an earlier call
+    require(path.parent.is_dir() and is_new, f"--out {path}: expected a new file in a folder that "
+            "exists", UserError)
     return path
 
 
@@ -614,6 +618,8 @@ def load_masks_model(args, encoder, config):
         return MoCoV3(encoder, hidden_dim=8, output_dim=8)
     model = build_model(config, fresh=False)
     load_state(model, args.checkpoint)
+    require(hasattr(model, "momentum_encoder"), f"--method {config['method']} has no "
+            "momentum_encoder, whose attention is drawn", UserError)
     model.momentum_encoder.mean, model.momentum_encoder.std = encoder.mean, encoder.std
     return model
 
@@ -639,7 +645,7 @@ def draw_masks(args, encoder, config, device):
             chance = border_fraction(torch.ones_like(masks))
             print(f"object cover {place['object_cover']:.2f} (chance level 1), border fraction "
                   f"{place['border_fraction']:.2f} (chance level {chance:.2f})")
-            save_metrics(args, config, {"": {"masks": place}})
+            save_metrics(args, config, {"momentum encoder": {"masks": place}})
     images = [v2.Compose(plain_crop(encoder.image_size))(image) for image in images]
     normalise = v2.Compose(to_tensor(encoder.mean, encoder.std))
     batch = torch.stack([normalise(image) for image in images])
@@ -650,7 +656,7 @@ def draw_masks(args, encoder, config, device):
     print(f"wrote {path}")
 
 
-def export(args, encoder, config, device):
+def export(args, encoder, config):
     """Write the encoder by timm's names, with what load_encoder needs to build it again."""
     path = output_path(args, config, "encoder.pth")
     sizes = dict(image_size=encoder.image_size, patch_size=encoder.patch_size, dim=encoder.dim,
@@ -668,8 +674,12 @@ def main(argv=None):
     require(args.what == "masks" or not args.images, "image files are only for masks", UserError)
     device = pick_device(args.device)
     encoder, config = load_subject(args, device)
-    command = {"masks": draw_masks, "export": export}.get(args.what, measure)
-    command(args, encoder, config, device)
+    if args.what == "masks":
+        draw_masks(args, encoder, config, device)
+    elif args.what == "export":
+        export(args, encoder, config)
+    else:
+        measure(args, encoder, config, device)
 
 
 def exit_with_line(program, error):

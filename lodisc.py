@@ -193,8 +193,9 @@ class VisionTransformer(nn.Module):
         """Draw MoCo v3's initial weights: Xavier-uniform matrices, the class token near zero."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                for matrix in module.weight.chunk(3 if name.endswith("qkv") else 1):
-                    nn.init.xavier_uniform_(matrix)  # q, k and v are three matrices
+                matrices = 3 if name.endswith("qkv") else 1  # q, k and v
+                for matrix in module.weight.chunk(matrices):
+                    nn.init.xavier_uniform_(matrix)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)

@@ -44,7 +44,7 @@ from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOC
                     METHODS, LoDisc, UserError, load_encoder, momentum_schedule, read_weights,
                     require)
 
-# Defaults; "images": to see in all, in so many epochs at least. Unlike MoCo v3's (lr 1.5e-4 per 256
+# Defaults; images: (total to see, minimum of epochs). Unlike MoCo v3's (lr 1.5e-4 per 256
 # images, EMA from 0.99, 40 of 300 epochs of warm-up), they are for short runs of small batches. As
 # in MoCo v3, unlike DINO, weight decay applies to biases and norms too.
 NANO = dict(arch="vit_nano", image_size=48, patch_size=8, lr=4e-3, momentum=0.9, crop_min=0.08)
@@ -63,7 +63,7 @@ WEIGHTS = {  # name for --init: the publisher's address
     "imagenet": ViT_B_16_Weights.IMAGENET1K_V1.url,  # ViT-B/16, trained with labels
 }
 MOVABLE = ("data", "data_root", "device", "workers", "init")  # settings that --resume may change
-BF16_WIDTH = 192  # on a CPU, bfloat16 pays from this width on (tests/experiments/RESULTS.md)
+BF16_WIDTH = 192  # smallest at which bfloat16 is faster on a CPU (tests/experiments/RESULTS.md)
 NEW_RUN = "runs/<data>-<method>-<n>"
 
 
@@ -77,7 +77,7 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
     optimizer = build_optimizer(model, config)
     precision = pick_precision(config["amp"], device, model.encoder.dim)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    print(f"precision: {precision or torch.float32}".replace("torch.", ""))
+    print("precision:", str(precision or torch.float32).removeprefix("torch."))
     if config["compile"]:
         for encoder in (model.encoder, model.momentum_encoder):  # the expensive passes
             encoder.encode = torch.compile(encoder.encode)
@@ -208,7 +208,7 @@ class Log:
 
     @staticmethod
     def stop(reason):
-        """End the run; all ranks have the same losses and weights, and rank 0 says it."""
+        """End the run. All ranks have the same losses and weights; rank 0 prints the reason."""
         if dist.is_initialized() and dist.get_rank() > 0:
             raise SystemExit(2)
         raise UserError(reason)
@@ -250,7 +250,7 @@ def pick_precision(amp, device, width):
 
 
 def build_loader(config, dataset, device, rank, processes):
-    """Return the loader of (view 1, view 2), and its batches, whose `epoch` is to be set."""
+    """Return the loader of (view 1, view 2), and its batches; set their `epoch` at each epoch."""
     size, seed = config["image_size"], config["seed"]
     views = augment.TwoViews(dataset, preprocessing_of(config), seed, config["crop_min"])
     # batches have the same images for any number of processes; each rank takes its part
@@ -292,7 +292,8 @@ def parse_args(argv=None):
         "device and --init, see README.md.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", type=data_name, default="synthetic", help=f"{', '.join(NAMES)}, or a folder")
-    add("--data-root", type=absolute, default=absolute("datasets"), help="of the named data sets")
+    add("--data-root", type=absolute, default=absolute("datasets"),
+        help="folder of the named data sets")
     add("--download", action="store_true", help="fetch a named data set that has a source")
     add("--held-out", action="store_true",
         help="evaluate on a fifth of the training images, held out from them")
@@ -305,11 +306,11 @@ def parse_args(argv=None):
     add("--local-input", choices=LOCAL_INPUTS, default="pixels",
         help="other patches set to zero, or dropped; authors: pixels")
     add("--keep-ratio", type=float, default=0.3, help="fraction of patches kept; authors: 0.3")
-    add("--global-weight", type=float, default=1.0, help="of the global loss; authors: 1")
-    add("--local-weight", type=float, default=1.0, help="of the local loss; authors: 1")
-    add("--temperature", type=float, default=0.2, help="of the contrastive softmax; authors: 0.2")
-    add("--hidden-dim", type=int, help="of projector and predictor; 4096, of vit_nano 512")
-    add("--output-dim", type=int, help="of projector and predictor; 256, of vit_nano 128")
+    add("--global-weight", type=float, default=1.0, help="weight of the global loss; authors: 1")
+    add("--local-weight", type=float, default=1.0, help="weight of the local loss; authors: 1")
+    add("--temperature", type=float, default=0.2, help="softmax temperature; authors: 0.2")
+    add("--hidden-dim", type=int, help="hidden width of the heads; 4096, vit_nano: 512")
+    add("--output-dim", type=int, help="output width of the heads; 256, vit_nano: 128")
 
     add("--arch", choices=ARCHITECTURES, help="encoder; authors: vit_base")
     add("--image-size", type=int, help="pixels per side; authors: 224")
@@ -319,19 +320,19 @@ def parse_args(argv=None):
     add("--init-momentum", action="store_true", help="the file's momentum (or teacher's) encoder")
 
     add("--epochs", type=int, help="passes over the images; authors: 100")
-    add("--warmup-epochs", type=float, help="of linearly rising learning rate; authors: 0")
+    add("--warmup-epochs", type=float, help="epochs of rising learning rate; authors: 0")
     add("--batch-size", type=int, help="images per step, over all processes; authors: 32")
-    add("--lr", type=float, help="peak learning rate per 256 images; authors: 1e-3 in an older "
-        "README")
+    add("--lr", type=float,
+        help="the heads' peak learning rate per 256 images; authors: 1e-3 in an older README")
     add("--encoder-lr", type=float,
         help="the encoder's peak at any batch size; from scratch the heads'")
     add("--weight-decay", type=float, default=0.1, help="AdamW's; MoCo v3: 0.1; authors: 0.5")
     add("--momentum", type=float,
-        help="of the moving average at the start, 1 at the end; authors: 0.99")
+        help="EMA momentum at the start, 1 at the end; authors: 0.99")
     add("--crop-min", type=float,
         help="smallest fraction of an image's area in a view; authors: 0.08")
 
-    add("--seed", type=int, default=0, help="of weights, order, augmentation and random masks")
+    add("--seed", type=int, default=0, help="seed of weights, order, augmentation, random masks")
     add("--workers", type=int, default=default_workers(),
         help="loading processes of each rank; 0: none")
     add("--device", default="auto", help="cuda, mps or cpu; auto: the accelerator, if any")
@@ -434,7 +435,7 @@ def fill_defaults(settings, device, num_images, processes=1, encoder=None):
     batch_size = settings["batch_size"] or per_process * processes
     recipe["lr"] *= min(1, recipe["batch_size"] / batch_size)  # no peak above the recipe's
     recipe["batch_size"] = batch_size
-    sixth = round((settings["epochs"] or recipe["epochs"]) / 6, 2)  # of a short run no more
+    sixth = round((settings["epochs"] or recipe["epochs"]) / 6, 2)  # at most, of a short run
     recipe["warmup_epochs"] = min(recipe.get("warmup_epochs", sixth), sixth)
     is_nano = (settings["arch"] or recipe["arch"]) == "vit_nano"
     recipe["hidden_dim"], recipe["output_dim"] = (512, 128) if is_nano else (4096, 256)
@@ -456,30 +457,31 @@ def fill_defaults(settings, device, num_images, processes=1, encoder=None):
 
 def check_settings(config, processes):
     """Raise UserError for a setting outside its range."""
-    least = dict(epochs=1, image_size=1, patch_size=1, batch_size=2 * processes, lr=0, encoder_lr=0,
-                 warmup_epochs=0, weight_decay=0, seed=0, workers=0, momentum=0, crop_min=0,
-                 temperature=1e-6, keep_ratio=1e-6, global_weight=0, local_weight=0, hidden_dim=1,
-                 output_dim=1)
-    most = dict(momentum=1, crop_min=1, keep_ratio=1, batch_size=config["num_images"],
-                seed=2**32 - 1)
-    multiples = dict(image_size=config["patch_size"], batch_size=processes)
-    for name, low in least.items():
-        value, high, multiple = config[name], most.get(name, math.inf), multiples.get(name, 1)
-        expected = f"in [{low}, {high}]"
-        if multiple > 1:
-            expected += f" and a multiple of {multiple}"
-        fits = low <= value <= high and (multiple <= 1 or value % multiple == 0)
-        require(fits, f"{flag(name)} must be {expected}, got {value}", UserError)
+    ranges = dict.fromkeys(("lr", "encoder_lr", "warmup_epochs", "weight_decay", "workers",
+                            "global_weight", "local_weight"), (0, math.inf))
+    ranges |= dict.fromkeys(("epochs", "image_size", "patch_size", "hidden_dim", "output_dim"),
+                            (1, math.inf))
+    ranges |= {"momentum": (0, 1), "crop_min": (0, 1), "keep_ratio": (1e-6, 1),
+               "temperature": (1e-6, math.inf), "seed": (0, 2**32 - 1),
+               "batch_size": (2 * processes, config["num_images"])}
+    for name, (low, high) in ranges.items():
+        require(low <= config[name] <= high, f"{flag(name)} must be in [{low}, {high}], got "
+                f"{config[name]}", UserError)
+    for name, divisor in (("image_size", config["patch_size"]), ("batch_size", processes)):
+        require(config[name] % divisor == 0, f"{flag(name)} must be a multiple of {divisor}, got "
+                f"{config[name]}", UserError)
+    require(config["global_weight"] + config["local_weight"] > 0, "--global-weight and "
+            "--local-weight are both 0: nothing would be trained", UserError)
     require(config["method"] not in METHODS or not config["method_options"],
             f"--method-option is for FILE.py:CLASS, not --method {config['method']}", UserError)
 
 
 def check_method_options(given, config, options):
     """Raise UserError for an option on the command line that the method would not use."""
+    has = ", ".join(map(flag, options)) or "none of its own"
     for name in given:
         require(name not in LoDisc.OPTIONS or name in options, f"{flag(name)} is no option of "
-                f"--method {config['method']}, which has {', '.join(map(flag, options))}",
-                UserError)
+                f"--method {config['method']}, which has {has}", UserError)
     ranked = MASKS[config["mask"]].needs_importance
     require("importance" not in given or ranked, f"--importance is not used by --mask "
             f"{config['mask']}; leave it out", UserError)
@@ -532,7 +534,7 @@ def restore(state, checkpoint):
 
 
 def remove_parts(folder):
-    """Remove what a run that was killed while writing has left beside its files."""
+    """Remove the temporary files of a killed run."""
     for name in ("checkpoint.pt", "metrics.csv", "config.json", "run.png"):
         for part in folder.glob(f".{name}.*"):
             part.unlink()
@@ -614,7 +616,7 @@ def start_processes():
 
 
 def parse_args_once(argv):
-    """parse_args, whose complaints only rank 0 prints."""
+    """Parse the arguments; only rank 0 prints errors."""
     first = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
     with redirect_stderr(sys.stderr if first else io.StringIO()):
         return parse_args(argv)
@@ -642,7 +644,7 @@ def rank_0_first(work, rank, processes):
 
 
 class Run:
-    """One call of this script: what its arguments mean, and the folder that it makes."""
+    """Arguments and state of one call of this script."""
 
     def __init__(self, argv):
         self.given, defaults = parse_args_once(argv)
@@ -692,9 +694,9 @@ class Run:
         settings = self.config
         self.config = fill_defaults(settings, self.device, num_images, self.processes, encoder)
         recipe = recipe_name(settings, self.device)
-        if recipe != "birds":
-            print(f"chosen ({recipe}): " + ", ".join(
-                f"{name} {self.config[name]}" for name in settings if settings[name] is None))
+        chosen = [f"{name} {self.config[name]}" for name in settings if settings[name] is None]
+        if chosen and recipe != "birds":
+            print(f"chosen ({recipe}): {', '.join(chosen)}")
 
     def announce(self):
         """Print what is about to be trained, and return the losses' chance levels."""
@@ -702,8 +704,11 @@ class Run:
             **self.config), f"on {self.device} x {self.processes}, into {self.folder}")
         if self.data.test is None:
             print(f"will not be evaluated: {self.data.note}")
-        levels = getattr(self.model, "chance_levels", lambda batch: {})(self.config["batch_size"])
-        print("chance level: " + ", ".join(f"{name} {level:.3f}" for name, level in levels.items()))
+        levels = {}
+        if hasattr(self.model, "chance_levels"):
+            levels = self.model.chance_levels(self.config["batch_size"])
+            print("chance level: " + ", ".join(
+                f"{name} {level:.3f}" for name, level in levels.items()))
         return levels
 
     def clean_up(self):

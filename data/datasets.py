@@ -240,9 +240,9 @@ def load_caltech101(root, download):
     for label, number in zip(listed.y, listed.index):
         paths.append(folder / listed.categories[label] / f"image_{number:04d}.jpg")
     train, test = [], []
-    for of_class in shuffled_by_class(listed.y):
-        train += of_class[:CALTECH_TRAIN]
-        test += of_class[CALTECH_TRAIN:]
+    for indices in shuffled_by_class(listed.y):
+        train += indices[:CALTECH_TRAIN]
+        test += indices[CALTECH_TRAIN:]
     sets = []
     for split in (sorted(train), sorted(test)):
         labels = [listed.y[i] for i in split]
@@ -341,12 +341,15 @@ def shuffled_by_class(targets, seed=0):
 
 
 def hold_out(dataset):
-    """Return (training part, held-out part): every class's fifth, of two to four images one."""
+    """Return (training fold, held-out fold): a fifth of each class, at least one image if it has
+    two or more."""
     kept, held_out = [], []
-    for of_class in shuffled_by_class(dataset.targets):
-        count = max(len(of_class) // 5, int(len(of_class) > 1))
-        kept += of_class[count:]
-        held_out += of_class[:count]
+    for indices in shuffled_by_class(dataset.targets):
+        count = len(indices) // 5
+        if len(indices) > 1:
+            count = max(1, count)
+        kept += indices[count:]
+        held_out += indices[:count]
     require(held_out, "--held-out needs a class with two training images", UserError)
     subsets = [Subset(dataset, sorted(fold)) for fold in (kept, held_out)]
     for subset in subsets:

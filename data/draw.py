@@ -55,6 +55,15 @@ def part_colours(parts, image):
     return Image.blend(ImageOps.grayscale(image).convert("RGB"), colours, 0.65)
 
 
+def colour_patches(values, image):
+    """Draw the values of patches (N,) over the image: a bool mask, int64 parts, or importance."""
+    if values.dtype == torch.bool:
+        return kept_patches(values, image)
+    if values.dtype == torch.int64:
+        return part_colours(values, image)
+    return heat_map(values, image)
+
+
 def sheet(rows, names=(), tile=TILE):
     """Return {name: (images, values)} as labelled rows. values (n, N): None, the importance of
     patches, bool masks, or int64 parts, whose names are in the legend."""
@@ -69,8 +78,7 @@ def sheet(rows, names=(), tile=TILE):
         for x, image in enumerate(images):
             image = image.resize((tile, tile), Image.BICUBIC)
             if values is not None:
-                draw = {torch.bool: kept_patches, torch.int64: part_colours}
-                image = draw.get(values.dtype, heat_map)(values[x], image)
+                image = colour_patches(values[x], image)
             page.paste(image, (MARGIN + x * step, GAP + y * step))
     return page
 

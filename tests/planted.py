@@ -239,7 +239,7 @@ DEFECTS = [Defect(*row) for row in [
      '(in_train[i] == "0") == (split == "train")', "the splits of CUB exchanged"),
     ("data/datasets.py", 'for split in ("trainval", "test")', 'for split in ("train", "test")',
      "Aircraft trained on train alone"),
-    ("data/datasets.py", "        kept += of_class[count:]", "        kept += of_class",
+    ("data/datasets.py", "        kept += indices[count:]", "        kept += indices",
      "held-out images trained on"),
     ("data/datasets.py", "image = ImageOps.exif_transpose(image)", "image = image.copy()",
      "images not turned upright"),

@@ -51,6 +51,37 @@ def test_file_is_whole_or_unchanged(error):
     assert Path("file").read_bytes() == b"after" and names() == ["file"]
 
 
+def test_interruption_while_a_checkpoint_is_written_is_no_full_disk(flowers, monkeypatch):
+    """torch.save raises RuntimeError in place of the KeyboardInterrupt of a write."""
+    options, writes = ["--data", str(flowers / "train"), *SMALL], []
+
+    class Interrupted:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            writes.append(data)
+            if len(writes) == 9:
+                raise KeyboardInterrupt
+            return self.file.write(data)
+
+        def flush(self):
+            self.file.flush()
+
+    save = torch.save
+    saved = []
+
+    def save_then_stop(contents, file):
+        saved.append(contents)
+        save(contents, Interrupted(file) if len(saved) == 2 else file)
+
+    monkeypatch.setattr(torch, "save", save_then_stop)
+    with pytest.raises(UserError, match="^interrupted; continue with: .*--resume run"):
+        train.main([*options, "--out", "run"])
+    assert names("run") == ["checkpoint.pt", "config.json", "metrics.csv"]
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 0
+
+
 def test_every_file_of_a_run_is_written_whole(flowers, monkeypatch, quick_probe):
     """Record what is opened for writing: each file is a temporary one that replaces its name."""
     opened, replaced, real_open, real_replace = [], [], open, os.replace

@@ -433,6 +433,7 @@ def test_existing_folder_is_not_overwritten(flowers):
     (["--image-size", "20"], "a multiple of 8, got 20"),
     (["--keep-ratio", "0"], "--keep-ratio"),
     (["--temperature", "0"], "--temperature"),
+    (["--global-weight", "0", "--local-weight", "0"], "both 0: nothing would be trained"),
     (["--global-weight", "-1"], "--global-weight must be in [0, inf], got -1"),
     (["--local-weight", "-1"], "--local-weight must be in [0, inf], got -1"),
     (["--hidden-dim", "0"], "--hidden-dim must be in [1, inf], got 0"),

@@ -58,7 +58,7 @@ def main(argv=None):
         metrics = measure(args.run, args.workers)
     for name, value in metrics.items():
         print(f"{name:<16}{value:.2f}")
-    evaluation.save_results(args.run, {"": {"localisation": metrics}})
+    evaluation.save_results(args.run, {"momentum encoder": {"localisation": metrics}})
 
 
 if __name__ == "__main__":
