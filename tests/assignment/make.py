@@ -79,8 +79,9 @@ def functions(source):
 def without_bodies(source):
     """Return the source with a NotImplementedError in place of each exercise's body."""
     lines, nodes = source.splitlines(keepends=True), functions(source)
-    removed = [(nodes[name], exercise, name) for exercise, (_, names) in EXERCISES.items()
-               for name in names]
+    removed = []
+    for exercise, (_, names) in EXERCISES.items():
+        removed += [(nodes[name], exercise, name) for name in names]
     for node, exercise, name in sorted(removed, key=lambda item: -item[0].lineno):
         first = node.body[1].lineno - 1  # after the docstring
         while lines[first - 1].lstrip().startswith("#"):
@@ -160,11 +161,12 @@ def main(argv=None):
     shutil.copy(ROOT / "requirements.txt", out)
     points = {exercise: points for exercise, (points, _) in EXERCISES.items()}
     (out / "conftest.py").write_text(CONFTEST.format(points=points))
-    rows = "\n".join(f"| {exercise} | {', '.join(f'`{name}`' for name in names)} | {points} |"
-                     for exercise, (points, names) in EXERCISES.items())
-    (out / "README.md").write_text(README.format(
-        rows=rows, first=next(iter(EXERCISES)),
-        count=sum(len(names) for _, names in EXERCISES.values())))
+    rows, count = [], 0
+    for exercise, (value, names) in EXERCISES.items():
+        rows.append(f"| {exercise} | {', '.join(f'`{name}`' for name in names)} | {value} |")
+        count += len(names)
+    (out / "README.md").write_text(README.format(rows="\n".join(rows), first=next(iter(EXERCISES)),
+                                                 count=count))
     print(f"wrote {out}: {len(EXERCISES)} exercises, {sum(points.values())} points; "
           f"cd {out} && python -m pytest")
 
