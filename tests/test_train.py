@@ -211,6 +211,7 @@ def test_filling_in_the_defaults_changes_and_prints_nothing(options, monkeypatch
 def test_recipes_with_init(patch_size, image_size, on_gpu, monkeypatch, capsys):
     encoder = VisionTransformer(8 * patch_size, patch_size, 384, 12, 6)
     encoder.source, encoder.config = "FILE: a format", {}
+    encoder.mean, encoder.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     monkeypatch.setattr(train, "load_encoder", lambda *_: encoder)
     for data in ("DIR", "synthetic"):
         config = chosen("--data", data, "--init", "FILE")
@@ -219,6 +220,7 @@ def test_recipes_with_init(patch_size, image_size, on_gpu, monkeypatch, capsys):
                         crop_min=0.08, hidden_dim=4096, output_dim=256)
         assert {name: config[name] for name in expected} == expected
         assert config["lr"] * config["batch_size"] / 256 == 1e-3  # the heads' peak
+        assert (config["mean"], config["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])  # the file's
     assert "FILE: a format" in capsys.readouterr().out
     assert chosen("--data", "DIR", "--init", "FILE", num_images=5000)["epochs"] == 3
     assert chosen("--data", "DIR", "--init", "FILE", num_images=5000)["warmup_epochs"] == 0.5
