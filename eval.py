@@ -286,7 +286,7 @@ def patch_cover(dataset, size, patch_size, least=BIRD):
     return F.avg_pool2d((regions >= least).float(), patch_size).flatten(1)
 
 
-def kept_patches(encoder, dataset, importance="product", keep_ratio=0.3, workers=0):
+def location_masks(encoder, dataset, importance="product", keep_ratio=0.3, workers=0):
     """Return the location masks of a data set's centre crops: bool (n, N)."""
     preprocessing = Preprocessing(encoder.image_size, encoder.mean, encoder.std)
     masks = []
@@ -638,7 +638,7 @@ def draw_masks(args, encoder, config, device):
         test = read_data(args, config).test
         images = [test[i][0] for i in example_indices(test.targets)]
         if hasattr(test, "regions"):
-            masks = kept_patches(encoder, test, importance, keep_ratio, args.workers)
+            masks = location_masks(encoder, test, importance, keep_ratio, args.workers)
             cover = patch_cover(test, encoder.image_size, encoder.patch_size)
             place = {"object_cover": object_cover(masks, cover),
                      "border_fraction": border_fraction(masks)}

@@ -183,7 +183,7 @@ def test_importance_that_is_not_finite_is_an_error():
     with torch.no_grad():
         encoder.cls_token.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):
-        evaluation.kept_patches(encoder, Birds("test", 8))
+        evaluation.location_masks(encoder, Birds("test", 8))
     with pytest.raises(UserError, match="not finite"):
         evaluation.importance_of(encoder, torch.randn(2, 3, 32, 32), "last")
 
@@ -329,20 +329,20 @@ def test_patch_cover_is_the_fraction_of_a_patchs_pixels(least):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_kept_patches_are_the_location_masks_of_the_centre_crops(workers):
+def test_location_masks_are_the_location_masks_of_the_centre_crops(workers):
     encoder, birds = create_vit("vit_nano", 48, 8), Birds("test", 70)  # more than a batch
     encoder.mean, encoder.std = (0.1, 0.2, 0.3), (0.9, 0.8, 0.7)
     plain = evaluation.Plain(birds, Preprocessing(48, encoder.mean, encoder.std))
     batch = torch.stack([plain[i][0] for i in range(70)])
     differ = []
     for name, ratio in (("product", 0.3), ("last", 0.5), ("rollout", 0.1)):
-        masks = evaluation.kept_patches(encoder, birds, name, ratio, workers)
+        masks = evaluation.location_masks(encoder, birds, name, ratio, workers)
         assert masks.dtype == torch.bool and masks.shape == (70, 36)
         with torch.no_grad():
             _, importance = patch_importance(encoder, batch, name)
         assert torch.equal(masks, location_mask(importance, ratio))
         differ.append(masks)
-    assert torch.equal(evaluation.kept_patches(encoder, birds), differ[0])  # the defaults
+    assert torch.equal(evaluation.location_masks(encoder, birds), differ[0])  # the defaults
     assert len({tuple(masks.flatten().tolist()) for masks in differ}) == 3
 
 
@@ -352,7 +352,7 @@ def test_object_cover_follows_the_importance(monkeypatch):
     cover = evaluation.patch_cover(birds, 48, 8)
     for sign in (1, -1):
         monkeypatch.setattr(evaluation, "importance_of", lambda e, batch, name: sign * cover)
-        masks = evaluation.kept_patches(encoder, birds, keep_ratio=0.3)
+        masks = evaluation.location_masks(encoder, birds, keep_ratio=0.3)
         kept = cover.sort(1, descending=sign > 0).values[:, :10]
         ratio = evaluation.object_cover(masks, cover)
         assert ratio == pytest.approx((kept.mean() / cover.mean()).item(), rel=1e-5)
@@ -375,15 +375,15 @@ def test_masks_of_data_with_regions_are_measured_and_stored(run_of_birds, capsys
     capsys.readouterr()
     evaluation.main(["masks", "run", "--device", "cpu", "--workers", "0"])
     encoder, test = load_encoder("run", use_momentum=True), Birds("test", 60)
-    masks = evaluation.kept_patches(encoder, test, "last", 0.5)
+    masks = evaluation.location_masks(encoder, test, "last", 0.5)
     place = {"object_cover": evaluation.object_cover(masks, evaluation.patch_cover(test, 24, 8)),
              "border_fraction": evaluation.border_fraction(masks)}
     assert masks.sum() == 60 * 4
     for name, ratio in (("product", 0.5), ("last", 0.3)):  # the others could be told apart
-        changed = evaluation.kept_patches(encoder, test, name, ratio)
+        changed = evaluation.location_masks(encoder, test, name, ratio)
         assert evaluation.object_cover(changed, evaluation.patch_cover(test, 24, 8)) != \
             pytest.approx(place["object_cover"], abs=1e-6)
-    online = evaluation.kept_patches(load_encoder("run"), test, "last", 0.5)
+    online = evaluation.location_masks(load_encoder("run"), test, "last", 0.5)
     assert not torch.equal(online, masks)
     printed = capsys.readouterr().out
     assert (f"object cover {place['object_cover']:.2f} (chance level 1), border fraction "
@@ -409,7 +409,7 @@ def test_masks_of_published_weights_are_measured_but_not_stored(elsewhere, few_b
     torch.save(encoder.state_dict(), "weights.pth")
     evaluation.main(["masks", "weights.pth", "--data", "synthetic", "--image-size", "32",
                      "--device", "cpu", "--workers", "0"])
-    masks = evaluation.kept_patches(encoder, Birds("test", 60), "product", 0.3)
+    masks = evaluation.location_masks(encoder, Birds("test", 60), "product", 0.3)
     cover = evaluation.patch_cover(Birds("test", 60), 32, 8)
     assert f"object cover {evaluation.object_cover(masks, cover):.2f} (" in capsys.readouterr().out
     assert sorted(path.name for path in Path().iterdir()) == ["masks.png", "weights.pth"]

@@ -17,7 +17,7 @@ import torch
 import eval as evaluation
 from data.birds import BIRD, PART
 from data.datasets import default_workers, load_data
-from eval import kept_patches, object_cover, patch_cover
+from eval import location_masks, object_cover, patch_cover
 from lodisc import UserError, load_encoder, require
 
 
@@ -26,7 +26,7 @@ def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers
 
     Values are of `object_cover`: 1 is chance level; NAME_most is the most for as few patches,
     NAME_fixed the best of one mask for all images. dataset: with regions(index)."""
-    kept = kept_patches(encoder, dataset, importance, keep_ratio, workers)  # (n, N)
+    kept = location_masks(encoder, dataset, importance, keep_ratio, workers)  # (n, N)
     metrics, k = {}, int(kept[0].sum())
     for name, least in (("object", BIRD), ("parts", PART)):
         cover = patch_cover(dataset, encoder.image_size, encoder.patch_size, least)  # (n, N)
