@@ -79,8 +79,7 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     print("precision:", str(precision or torch.float32).removeprefix("torch."))
     if config["compile"]:
-        for encoder in (model.encoder, model.momentum_encoder):  # the expensive passes
-            encoder.encode = torch.compile(encoder.encode)
+        compile_encoders(model)
     loader, batches = build_loader(config, data.train, device, rank, processes)
     generator = torch.Generator()  # of the random and block masks, seeded at each step
     examples = example_images(config, data.train, device)
@@ -221,6 +220,12 @@ def distribute(model, device, processes):
     if device.type == "cuda":  # on a CPU each rank has its own statistics
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its BatchNorms, in place
     return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def compile_encoders(model):
+    """Compile the expensive passes, those of both encoders, at their first call."""
+    for encoder in (model.encoder, model.momentum_encoder):
+        encoder.encode = torch.compile(encoder.encode)
 
 
 def build_optimizer(model, config):

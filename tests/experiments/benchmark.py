@@ -107,8 +107,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         self.precision, self.device = precision, device
         if settings["compile"]:
-            for encoder in (self.model.encoder, self.model.momentum_encoder):
-                encoder.encode = torch.compile(encoder.encode)
+            train.compile_encoders(self.model)
         size = settings["image_size"]
         self.views = torch.randn(2, settings["batch_size"], 3, size, size, device=device).unbind()
 
