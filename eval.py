@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms import v2
 
 from data.augment import Plain, Preprocessing, cropped_maps, plain_crop, to_tensor
@@ -32,8 +33,8 @@ from data.birds import BIRD
 from data.datasets import (data_name, default_workers, fitting_workers, load_data,
                            naming_dead_workers, open_image)
 from data.draw import example_indices, mask_sheet
-from lodisc import (METHODS, MoCoV3, UserError, VisionTransformer, load_encoder, location_mask,
-                    patch_importance, read_weights, require)
+from lodisc import (METHODS, NORMALISATIONS, MoCoV3, UserError, VisionTransformer, load_encoder,
+                    location_mask, patch_importance, read_weights, require)
 
 VERSION = 2  # of the metrics; 1: the probe's grid ended at 1e-5, its split followed the run's seed
 STRENGTHS = tuple(10.0**power for power in range(0, -7, -1))  # of the probe's L2 term, strong first
@@ -42,6 +43,13 @@ METRICS = {"linear top-1": ("linear", "top1"), "top-5": ("linear", "top5"),  # i
            "rank-5": ("retrieval", "rank5"), "mAP": ("retrieval", "mAP")}
 MAIN_METRICS = {name: place for name, place in METRICS.items() if not name.endswith("-5")}
 BATCH = 64  # images
+PLAIN = {"registers": 0, "eps": 1e-6}  # sizes of an encoder that is not from published weights
+META = "https://dl.fbaipublicfiles.com/"
+WEIGHTS = {  # name: the publisher's address
+    "dino": META + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",  # ViT-S/16
+    "dinov2": META + "dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",  # ViT-S/14
+    "imagenet": ViT_B_16_Weights.IMAGENET1K_V1.url,  # ViT-B/16, trained with labels
+}
 
 
 # --- features ---------------------------------------------------------------------------------
@@ -445,6 +453,24 @@ def load_method(name):
     return getattr(module, class_name)
 
 
+def weights_file(name):
+    """Return the path of weights; those of a name in WEIGHTS are fetched once."""
+    if name not in WEIGHTS:
+        return name
+    path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS[name].split("/")[-1])
+    try:  # the hash in a file's name, if any, is checked
+        torch.hub.load_state_dict_from_url(WEIGHTS[name], map_location="cpu", weights_only=True,
+                                           check_hash="-" in path.name)
+    except Exception as error:  # of the network OSError, of torch.load many types
+        reason = " ".join(str(error).split())[:100]
+        if path.exists() and not isinstance(error, OSError):
+            raise UserError(f"{path} is damaged ({reason}): delete it, and the same command fetches "
+                            "it again") from None
+        raise UserError(f"could not fetch {WEIGHTS[name]} ({reason}); download it and give the "
+                        "file's path, as in --init FILE") from None
+    return str(path)
+
+
 def current_config(config):
     """Return the settings of a checkpoint, those of older versions by today's names."""
     config = {"global_weight": 1.0, "local_weight": 1.0, **config}
@@ -460,10 +486,13 @@ def build_model(config, fresh=True):
     torch.manual_seed(config["seed"])
     has_init = config["init"] != "none"
     if has_init and fresh:
-        encoder = load_encoder(config["init"], config["init_momentum"], config["image_size"])
+        encoder = load_encoder(config["init"], config["init_momentum"], config["image_size"],
+                               config["heads"])
     else:
-        sizes = [config[name] for name in ("image_size", "patch_size", "dim", "depth", "heads")]
-        encoder = VisionTransformer(*sizes, learned_positions=has_init, train_projection=has_init)
+        sizes = {**PLAIN, **config}  # runs of older versions do not have those of PLAIN
+        names = ("image_size", "patch_size", "dim", "depth", "heads", "registers", "eps")
+        encoder = VisionTransformer(**{name: sizes[name] for name in names},
+                                    learned_positions=has_init, train_projection=has_init)
     method = load_method(config["method"])
     options = {name: config[name] for name in method.OPTIONS}
     try:
@@ -504,13 +533,16 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("what", choices=["linear", "knn", "retrieval", "all", "masks", "export"])
-    add("checkpoint", type=Path, help="a run's folder, its checkpoint.pt, or published weights")
+    add("checkpoint", type=lambda text: Path(weights_file(text)),
+        help=f"a run's folder, its checkpoint.pt, published weights, or {', '.join(WEIGHTS)}")
     add("images", nargs="*", type=Path, help="masks: image files in place of eight test images")
     add("--data", help="a data set by name, or a folder; default: the run's")
     add("--data-root", help="folder of the named data sets; default: the run's")
     add("--features", choices=["class", "mean"], default="class", help="token, or mean of patches")
     add("--method", help="masks: FILE.py:CLASS of a run whose method file has moved")
     add("--image-size", type=int, help="for published weights (default: about 98, on a GPU 224)")
+    add("--heads", type=int, help="of published weights that do not state them")
+    add("--normalise", choices=NORMALISATIONS, help="mean and std of the images likewise")
     add("--momentum", action="store_true", help="take the momentum encoder, as a run's masks do")
     add("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if any)")
     add("--workers", type=int, default=default_workers(),
@@ -539,9 +571,12 @@ def recipe_image_size(patch_size, device):
 
 def load_subject(args, device):
     """Return the encoder of the command line, and its run's settings, {} for published weights."""
-    encoder = load_encoder(args.checkpoint, args.momentum, args.image_size)
+    def load(image_size):
+        return load_encoder(args.checkpoint, args.momentum, image_size, args.heads, args.normalise)
+
+    encoder = load(args.image_size)
     config = {}
-    if "method" in encoder.config:
+    if "num_images" in encoder.config:
         config = current_config(encoder.config)
     if args.method:
         require(config, "--method is for a run", UserError)
@@ -550,8 +585,7 @@ def load_subject(args, device):
         config["method"] = args.method
     require(not (config and args.image_size), "--image-size is for published weights", UserError)
     if not (encoder.config or args.image_size):
-        size = recipe_image_size(encoder.patch_size, device)
-        encoder = load_encoder(args.checkpoint, args.momentum, size)
+        encoder = load(recipe_image_size(encoder.patch_size, device))
     print(f"{encoder.source}; at {encoder.image_size} px")
     return encoder, config
 
@@ -659,13 +693,21 @@ def draw_masks(args, encoder, config, device):
 def export(args, encoder, config):
     """Write the encoder by timm's names, with what load_encoder needs to build it again."""
     path = output_path(args, config, "encoder.pth")
-    sizes = dict(image_size=encoder.image_size, patch_size=encoder.patch_size, dim=encoder.dim,
-                 depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads,
-                 mean=list(encoder.mean), std=list(encoder.std))
-    contents = {"state_dict": encoder.state_dict(), "config": sizes}
+    config = dict(encoder.sizes, image_size=encoder.image_size, patch_size=encoder.patch_size,
+                  mean=list(encoder.mean), std=list(encoder.std))
+    state = encoder.state_dict()
+    timm_options = ""
+    if config["registers"]:  # which timm has without positions only if the class token has none
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:].clone()
+        timm_options += ", reg_tokens={registers}, no_embed_class=True"
+    if config["eps"] != PLAIN["eps"]:
+        timm_options += ", norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps})"
+    contents = {"state_dict": state, "config": config}
     write_whole(path, lambda file: torch.save(contents, file))
-    print("for timm.models.VisionTransformer(img_size={image_size}, patch_size={patch_size}, "
-          "embed_dim={dim}, depth={depth}, num_heads={heads}, num_classes=0)".format(**sizes))
+    call = ("timm.models.VisionTransformer(img_size={image_size}, patch_size={patch_size}, "
+            "embed_dim={dim}, depth={depth}, num_heads={heads}, num_classes=0" + timm_options + ")")
+    print("for", call.format(**config))
     print(f"wrote {path}")
 
 

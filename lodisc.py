@@ -1,32 +1,24 @@
 """LoDisc in one file: learning global-local discriminative features for self-supervised
-fine-grained visual recognition (Shi, Wei, Nie, Huang, arXiv 2403.04066).
-
-Read it from top to bottom; each part is built from those above it. In the paper's figure:
-
-    1. Vision transformer      the encoder f_q, whose attention can be returned
-    2. Pivotal regions         patch importance: attention multiplied over all layers
-    3. Location-wise mask      keep the most important 30 % of the patches, zero the rest
-       Ablations               other importances and masks, and the registries of both
-    4. MoCo v3                 heads, momentum encoder f_k, contrastive loss; class MoCoV3
-    5. LoDisc                  class LoDisc: MoCo v3 plus the local branch, the whole figure
-    6. Published weights       load_encoder
+fine-grained visual recognition (Shi, Wei, Nie, Huang, arXiv 2403.04066), in the order of the
+paper's figure: vision transformer, pivotal regions, location-wise mask, MoCo v3, LoDisc.
 
 LoDisc is MoCo v3 on a ViT plus a local branch: the momentum encoder encodes each view once more
 with only its pivotal patches (f_l is f_k again), and the query z_q of the OTHER view must match
-that key, z_l, as well as z_k. Shapes: B images, N patches, T = 1 + N tokens, D features, h heads,
-d = D / h, k kept patches, C projections, M keys.
-
-MoCo v3 is arXiv 2104.02057 (branches, loss, initialisation), ViT 2010.11929, BYOL 2006.07733,
-attention rollout 2005.00928; parameter names and sizes are timm's.
-"""
+that key, z_l, as well as z_k. Shapes: B images, N patches, R registers, T = 1 + R + N tokens, D
+features, h heads, d = D / h, k kept patches, C projections, M keys. MoCo v3 is arXiv 2104.02057
+(branches, loss, initialisation), ViT 2010.11929, BYOL 2006.07733, attention rollout 2005.00928,
+registers 2309.16588; parameter names and sizes are timm's."""
 
 import argparse
 import copy
+import json
 import math
 import re
-from pathlib import Path
+from collections import OrderedDict, defaultdict
+from pathlib import Path, PurePath
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,38 +35,30 @@ ARCHITECTURES = {
 LOCAL_INPUTS = ("pixels", "tokens")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-
 class UserError(Exception):
     """A user's mistake: the scripts show its message in one line, without a traceback."""
-
 
 def require(condition, message, error=ValueError):
     """Raise error(message) unless the condition is true."""
     if not condition:
         raise error(message)
 
-
 def at_least_float32(x: Tensor) -> Tensor:
     """Cast half precision and integers to float32; leave float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-
-# --- 1. Vision transformer -------------------------------------------------------------------
-
-
+# --- 1. Vision transformer: the encoder f_q, whose attention can be returned -----------------
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) over keys: the weights that a fused kernel never exposes.
-
-    q (B, h, Q, d), k (B, h, T, d) -> (B, h, Q, T), float32 or wider under any autocast:
-    the product over layers (section 2) would multiply twelve rounding errors of half precision."""
+    q (B, h, Q, d), k (B, h, T, d) -> (B, h, Q, T), float32 or wider under any autocast: the
+    product over layers (section 2) would multiply the rounding errors of half precision."""
     with torch.autocast(q.device.type, enabled=False):
         q, k = at_least_float32(q), at_least_float32(k)
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
-
 class Attention(nn.Module):
-    """Multi-head self-attention that can return its weights. They are computed beside the fused
-    kernel from the same q and k: the mask needs only one query's, the class token's."""
+    """Multi-head self-attention. Its weights, if asked for, are computed beside the fused kernel
+    from the same q and k: the mask needs only one query's, the class token's."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -83,13 +67,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, kind=None, class_only=False):
-        """x (B, T, D), the class token first -> (features, weights):
-
-        features  (B, T, D), or (B, 1, D), the class token's, if class_only: proj of
-                  F.scaled_dot_product_attention, heads side by side
-        weights   `attention_weights`, mean over heads: kind "row", of the class token's query,
-                  (B, T); "matrix", of all queries, (B, T, T); None, no weights (None)
-        qkv(x) has q, k and v side by side, and in each of them the heads side by side."""
+        """x (B, T, D), the class token first -> features (B, T, D), or that token's, (B, 1, D), if
+        class_only: proj of F.scaled_dot_product_attention; in qkv, q, k and v, and in each of them
+        the heads, lie side by side. And `attention_weights`, mean over heads: kind "row", of the
+        class token's query, (B, T); "matrix", of all queries, (B, T, T); None: None."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         weights = None
         if kind == "row":
@@ -101,28 +82,16 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)  # (B, h, T, d); class_only: (B, h, 1, d)
         return self.proj(rearrange(x, "b h t d -> b t (h d)")), weights
 
-
-class Mlp(nn.Module):
-    """Two-layer perceptron of a transformer layer: hidden width 4 D, exact GELU."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, eps=1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim)
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self, x, kind=None, class_only=False):
         """As `Attention.forward`; class_only also skips the MLP of all other tokens."""
@@ -131,7 +100,6 @@ class Block(nn.Module):
             x = x[:, :1]
         x = x + attended
         return x + self.mlp(self.norm2(x)), weights
-
 
 class PatchEmbed(nn.Module):
     """Cut images (B, 3, H, W) into patches and project each: (B, N, D), row by row."""
@@ -143,11 +111,9 @@ class PatchEmbed(nn.Module):
     def forward(self, images):
         return rearrange(self.proj(images), "b d rows columns -> b (rows columns) d")
 
-
 def sincos_positions(side: int, dim: int) -> Tensor:
     """Return fixed 2-D sine-cosine positions (1, 1 + side * side, dim), float32.
-
-    Zeros for the class token, then the patches, row by row. A quarter of the channels each is
+    Zeros for the class token, then patches, row by row. A quarter of the channels each is
     sin(row * w), cos(row * w), sin(column * w) and cos(column * w); row and column count from 0;
     w_i = 10000 ** -(i / (dim / 4)), i = 0 to dim / 4 - 1. Source: MoCo v3, section 4.4."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
@@ -158,33 +124,33 @@ def sincos_positions(side: int, dim: int) -> Tensor:
     patches = torch.cat([rows, columns], dim=1)  # (N, dim)
     return torch.cat([torch.zeros(1, dim), patches])[None]  # (1, 1+N, dim)
 
-
 class VisionTransformer(nn.Module):
     """ViT encoder; its feature is the class token after the last LayerNorm.
+    Parameters have timm's names. Images have image_size pixels per side and are normalised by
+    `mean` and `std`. As in MoCo v3 (section 4, against training instability), positions are fixed
+    and the patch projection keeps its random values, unless learned_positions and train_projection
+    say otherwise. registers: extra tokens after the class token, without position, of published
+    weights (arXiv 2309.16588); eps: LayerNorm's. Raises ValueError for sizes that do not fit."""
 
-    Parameters have timm's names, so that published weights load. Images have image_size pixels
-    per side and are normalised by `mean` and `std`. As in MoCo v3 (section 4, against training
-    instability), positions are fixed and the patch projection keeps its random values, unless
-    learned_positions and train_projection say otherwise. Raises ValueError for other sizes."""
-
-    def __init__(self, image_size, patch_size, dim, depth, heads, *, learned_positions=False,
-                 train_projection=False):
+    def __init__(self, image_size, patch_size, dim, depth, heads, *, registers=0, eps=1e-6,
+                 learned_positions=False, train_projection=False):
         super().__init__()
-        require(min(image_size, patch_size) > 0 and image_size % patch_size == 0,
-                f"the image size must be a multiple of the patch size, got {image_size} px and "
-                f"patches of {patch_size} px")
-        require(dim % heads == 0, f"width {dim} does not divide into {heads} heads")
+        require(min(image_size, patch_size) > 0 and image_size % patch_size == 0, "the image size "
+                f"must be a multiple of the patch size, got {image_size} px and patches of "
+                f"{patch_size} px")
+        require(heads > 0 and dim % heads == 0, f"width {dim} does not divide into {heads} heads")
         require(dim % 4 == 0, f"sine-cosine positions need a width divisible by 4, got {dim}")
+        self.sizes = dict(dim=dim, depth=depth, heads=heads, registers=registers, eps=eps)
         self.image_size, self.patch_size, self.dim = image_size, patch_size, dim
         self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD  # input normalisation
         side = image_size // patch_size
         self.num_patches = side * side
-
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
         self.pos_embed = nn.Parameter(sincos_positions(side, dim), requires_grad=learned_positions)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(dim, heads, eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps)
         self.init_weights()
         self.patch_embed.requires_grad_(train_projection)
 
@@ -204,8 +170,7 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, images, keep=None):
-        """images (B, 3, H, W), normalised -> features (B, D).
-
+        """images (B, 3, H, W), normalised -> features (B, D). RuntimeError for another size.
         keep: indices of the patches that enter, int64 (B, k), by default all; N below is then k."""
         features, _, _ = self.encode(images, keep, class_only=True)
         return features
@@ -217,114 +182,99 @@ class VisionTransformer(nn.Module):
 
     def with_attention(self, images, kind):
         """Return features (B, D) and each layer's attention, float32, the mean over heads: kind
-        "row", of the class token to the patches, (B, N); "matrix", of all to all, (B, 1+N, 1+N)."""
+        "row", of the class token to the patches, (B, N); "matrix", of all T = 1 + R + N tokens
+        (class, registers, patches) to all, (B, T, T)."""
+        require(kind in ("row", "matrix"), f"expected kind 'row' or 'matrix', got {kind!r}")
         features, _, attentions = self.encode(images, kind=kind, class_only=True)
         return features, attentions
 
     def encode(self, images, keep=None, kind=None, class_only=False):
         """One pass -> class token (B, D), patch tokens (B, N, D), attentions (none: kind is None).
         class_only: the last layer computes the class token alone, so no patches, (B, 0, D)."""
+        require(images.shape[-2:] == (self.image_size, self.image_size), f"expected images of "
+                f"{self.image_size} px, got shape {tuple(images.shape)}", RuntimeError)
         x = self.patch_embed(images) + self.pos_embed[:, 1:]  # (B, N, D)
         if keep is not None:
             x = x.gather(1, repeat(keep, "b k -> b k d", d=self.dim))  # (B, k, D)
-        token = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+N, D)
+        extra = self.cls_token + self.pos_embed[:, :1]
+        if self.reg_token is not None:
+            extra = torch.cat([extra, self.reg_token], dim=1)  # (1, 1+R, D)
+        first = extra.shape[1]  # of the patches
+        x = torch.cat([extra.expand(len(x), -1, -1), x], dim=1)  # (B, 1+R+N, D)
         attentions = []
         for block in self.blocks:
             x, weights = block(x, kind, class_only=class_only and block is self.blocks[-1])
             if kind == "row":
-                attentions.append(weights[:, 1:])  # patches alone, (B, N)
+                attentions.append(weights[:, first:])  # patches alone, (B, N)
             elif kind == "matrix":
                 attentions.append(weights)
         x = self.norm(x)
-        return x[:, 0], x[:, 1:], attentions
-
+        return x[:, 0], x[:, first:], attentions
 
 def create_vit(name: str, image_size: int, patch_size: int, **options) -> VisionTransformer:
     """Create an encoder of ARCHITECTURES, its weights drawn from torch's global generator."""
     return VisionTransformer(image_size, patch_size, **ARCHITECTURES[name], **options)
 
-
-# --- 2. Pivotal regions ----------------------------------------------------------------------
-
-
+# --- 2. Pivotal regions: patch importance, attention multiplied over all layers --------------
 def attention_product(attentions: list[Tensor], patches=None) -> Tensor:
     """The paper's importance: the class token's attention multiplied elementwise over all layers.
-
     attentions: rows (B, N) of each layer, the mean over heads -> (B, N), the LOG of the product:
-    the sum over layers of log a_l. It has the same order, which is all that a mask uses, and does
-    not underflow: 1e-4 in each of 12 layers is 1e-48. Weights below float32's smallest normal
-    number, torch.finfo(torch.float32).tiny, count as that, so that no logarithm is infinite.
-    patches: unused, as are generators below, for the registries. Source: the overview figure."""
+    the sum over layers of log a_l. It has the same order, all that a mask uses, and does not
+    underflow: 1e-4 in each of 12 layers is 1e-48. Weights below torch.finfo(torch.float32).tiny
+    count as that: no logarithm is infinite. patches: unused here. Source: the overview figure."""
     tiny = torch.finfo(torch.float32).tiny
     return torch.stack([row.clamp_min(tiny).log() for row in attentions]).sum(dim=0)
 
-
-# --- 3. Location-wise mask -------------------------------------------------------------------
-
-
+# --- 3. Location-wise mask: keep the most important 30 % of the patches, zero the rest -------
 def kept_count(num_patches: int, keep_ratio: float) -> int:
     """Return how many patches a keep ratio in (0, 1] keeps: floor(keep_ratio * N), 1 or more."""
     return max(1, math.floor(keep_ratio * num_patches + 1e-9))  # 0.29 * 100 = 28.99... keeps 29
 
-
 def location_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     """Keep the most important patches of every image: (B, N) -> bool (B, N), True = kept.
-
-    Exactly `kept_count` per row; of equal values the lower index first, on every device.
-    Source: the figure's "location-wise mask strategy" (sort, threshold; `mask_pixels`: grid)."""
+    Exactly `kept_count` per row; of equal values the lower index first, on every device. Source:
+    the figure's "location-wise mask strategy" (sort, threshold; `mask_pixels`: grid)."""
     k = kept_count(importance.shape[1], keep_ratio)
     order = importance.argsort(dim=1, descending=True, stable=True)  # (B, N)
     return torch.zeros_like(importance, dtype=torch.bool).scatter_(1, order[:, :k], True)
 
-
 def mask_pixels(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
     """x ⊙ mask: set every patch of the normalised images that is not kept to zero.
-
     images (B, 3, H, W), mask bool (B, N) with N = (H / patch_size) * (W / patch_size), row by row
     -> new images. Zero after normalisation is the mean colour, as in the released code."""
     pixels = repeat(mask, "b (rows columns) -> b 1 (rows y) (columns x)",
                     rows=images.shape[2] // patch_size, y=patch_size, x=patch_size)  # (B, 1, H, W)
     return images.masked_fill(~pixels, 0)
 
-
 def kept_indices(mask: Tensor, k: int) -> Tensor:
     """Return the indices of the k True entries of each row: (B, N) -> int64 (B, k), ascending.
     The caller passes k, as reading mask.sum() back would synchronise with a GPU."""
     return mask.int().argsort(dim=1, descending=True, stable=True)[:, :k]
 
-
-# --- Ablations: other importances and masks --------------------------------------------------
-
-
+# --- Ablations: other importances and masks, and the registries of both ----------------------
 def attention_rollout(attentions: list[Tensor], patches=None) -> Tensor:
     """Attention rollout: the class token's row of the product of (A_L + I) / 2 ... (A_1 + I) / 2.
-
-    attentions: matrices (B, 1+N, 1+N), one per layer, first layer first; the last layer is the
-    leftmost factor -> (B, N), without the class token. No autocast. Abnar and Zuidema 2020."""
-    row = torch.zeros_like(attentions[0][:, 0])  # (B, 1+N)
+    attentions: matrices (B, T, T), one per layer, first layer first; the last layer is leftmost
+    -> (B, R + N): `patch_importance` drops registers. No autocast. Abnar and Zuidema 2020."""
+    row = torch.zeros_like(attentions[0][:, 0])  # (B, T)
     row[:, 0] = 1  # the class token
     with torch.autocast(row.device.type, enabled=False):
         for matrix in reversed(attentions):  # a row times a matrix: O(N^2), not O(N^3)
             row = (torch.einsum("bi,bij->bj", row, matrix) + row) / 2
     return row[:, 1:]
 
-
 def last_attention(attentions: list[Tensor], patches=None) -> Tensor:
     """Return the class token's attention in the last layer alone, (B, N)."""
     return attentions[-1]
-
 
 def least_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     """Keep the LEAST important patches. As location_mask otherwise."""
     return location_mask(-importance, keep_ratio)
 
-
 def random_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     """Keep patches drawn from the (CPU) generator, independent of importance."""
     noise = torch.rand(importance.shape, generator=generator)
     return location_mask(noise, keep_ratio).to(importance.device, non_blocking=True)
-
 
 def block_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     """Keep one block: the k patches nearest to a random point by the larger of the vertical and the
@@ -338,17 +288,14 @@ def block_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     nearness = -torch.maximum(vertical, horizontal)
     return location_mask(nearness, keep_ratio).to(importance.device, non_blocking=True)
 
-
 class Importance(NamedTuple):
     function: Callable  # (attentions, patches) -> (B, N)
     attention_kind: str  # "row" or "matrix", of `VisionTransformer.with_attention`
     needs_patches: bool = False  # patch tokens (B, N, D); None is passed otherwise
 
-
 class Mask(NamedTuple):
     function: Callable  # (importance (B, N), keep_ratio, generator) -> bool (B, N)
     needs_importance: bool = True  # else --importance is refused, as it has no effect
-
 
 IMPORTANCES = {
     "product": Importance(attention_product, "row"),
@@ -362,17 +309,14 @@ MASKS = {
     "block": Mask(block_mask, needs_importance=False),
 }
 
-
 def patch_importance(encoder, images, name) -> tuple[Tensor, Tensor]:
     """One pass of an encoder -> features (B, D), importance (B, N); name: in IMPORTANCES."""
     function, kind, needs_patches = IMPORTANCES[name]
     features, patches, attentions = encoder.encode(images, kind=kind, class_only=not needs_patches)
-    return features, function(attentions, patches if needs_patches else None)
+    importance = function(attentions, patches if needs_patches else None)
+    return features, importance[:, -encoder.num_patches:]  # never a register's
 
-
-# --- 4. MoCo v3 ------------------------------------------------------------------------------
-
-
+# --- 4. MoCo v3: heads, momentum encoder f_k, contrastive loss -------------------------------
 def projector(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     """MoCo v3's three-layer head: (B, in_dim) -> (B, out_dim), without biases and, after SimCLR,
     without affine in the last BatchNorm. BatchNorm needs two or more images."""
@@ -381,33 +325,27 @@ def projector(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
         nn.Linear(hidden_dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(),
         nn.Linear(hidden_dim, out_dim, bias=False), nn.BatchNorm1d(out_dim, affine=False))
 
-
 def predictor(dim: int, hidden_dim: int) -> nn.Sequential:
     """MoCo v3's two-layer head of the online branch: (B, dim) -> (B, dim)."""
     return nn.Sequential(
         nn.Linear(dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(),
         nn.Linear(hidden_dim, dim, bias=False), nn.BatchNorm1d(dim, affine=False))
 
-
 @torch.no_grad()
 def momentum_update(online: nn.Module, momentum: nn.Module, m: float) -> None:
-    """Exponential moving average, in place: momentum <- m * momentum + (1 - m) * online.
-
-    Of parameters alone, which both modules have alike: BatchNorm's running statistics are not
-    averaged. By Tensor.lerp_, so that equal weights stay equal to the last bit."""
+    """Exponential moving average, in place: momentum <- m * momentum + (1 - m) * online. Of
+    parameters alone, which both modules have alike, not of BatchNorm's running statistics. By
+    Tensor.lerp_, so that equal weights stay equal to the last bit."""
     for old, new in zip(momentum.parameters(), online.parameters(), strict=True):
         old.lerp_(new, 1 - m)
-
 
 def momentum_schedule(step: int, total: int, base: float = 0.99) -> float:
     """Return the EMA momentum of a step: base at step 0, rising by half a cosine to 1 at step
     total (BYOL): 1 - (1 - base) * (1 + cos(pi * step / total)) / 2."""
     return 1 - (1 - base) * (1 + math.cos(math.pi * step / total)) / 2
 
-
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, offset: int = 0) -> Tensor:
     """InfoNCE with in-batch negatives, times 2 * temperature (MoCo v3, Algorithm 1) -> scalar.
-
     queries (B, C), keys (M, C), of any norm; keys get no gradient. The cross-entropy of a softmax
     of cosine / temperature over all keys, mean over queries: query i's positive is key offset + i.
     Float32 or wider under any autocast. If all features are equal: 2 * temperature * log M."""
@@ -418,11 +356,9 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, offset: 
         positives = offset + torch.arange(len(queries), device=queries.device)
         return 2 * temperature * F.cross_entropy(logits, positives)
 
-
 @torch.no_grad()
 def gather_keys(keys: Tensor) -> tuple[Tensor, int]:
     """Concatenate the keys (B, C) of all ranks -> (ranks * B, C), and this rank's first row.
-
     Without a process group: the keys unchanged, and 0. All ranks must pass the same number."""
     if not (dist.is_available() and dist.is_initialized()):
         return keys, 0
@@ -430,15 +366,12 @@ def gather_keys(keys: Tensor) -> tuple[Tensor, int]:
     dist.all_gather(keys_of_ranks, keys.contiguous())
     return torch.cat(keys_of_ranks), dist.get_rank() * len(keys)
 
-
 class MoCoV3Output(NamedTuple):
     total: Tensor
     global_loss: Tensor
 
-
 class MoCoV3(nn.Module):
     """MoCo v3: the query of each view must match the momentum encoder's key of the other view.
-
     encoder      the online encoder f_q; f_k starts as its copy, so load published weights first
     temperature  of the softmax over cosines; hidden_dim, output_dim: of projector and predictor"""
 
@@ -501,33 +434,25 @@ class MoCoV3(nn.Module):
         """Return {field: its value if all features are equal}, for a batch of all ranks."""
         return {"global_loss": 2 * 2 * self.temperature * math.log(batch)}  # in both directions
 
-
 def check_views(view1, view2):
     require(view1.shape == view2.shape,
             f"the views differ in shape: {tuple(view1.shape)} and {tuple(view2.shape)}")
-    require(len(view1) > 1, "a batch of one image has no negatives and no batch statistics; give "
-            "two or more")
+    require(len(view1) > 1, "a batch of one image has no negatives; give two or more")
 
-
-# --- 5. LoDisc -------------------------------------------------------------------------------
-
-
+# --- 5. LoDisc: MoCo v3 plus the local branch, the whole figure ------------------------------
 class LoDiscOutput(NamedTuple):
     total: Tensor
     global_loss: Tensor
     local_loss: Tensor
     masks: tuple[Tensor, Tensor]  # bool (B, N), of view 1 and of view 2
 
-
 class LoDisc(MoCoV3):
     """The overview figure: MoCo v3 plus the local branch.
-
     mask           "location" (the paper); for ablation "least", "random", "block"
     importance     "product" (the paper), "rollout" or "last"
     local_input    "pixels" (the paper): the image with all other patches set to zero;
                    "tokens": only the kept patches enter the encoder, at keep_ratio of the cost
-    keep_ratio     fraction of patches kept
-    global_weight, local_weight   of the two losses in the total"""
+    keep_ratio     fraction of patches kept; global_weight, local_weight: of the losses"""
 
     OPTIONS = (*MoCoV3.OPTIONS, "mask", "importance", "local_input", "keep_ratio",
                "global_weight", "local_weight")
@@ -577,124 +502,199 @@ class LoDisc(MoCoV3):
         levels = super().chance_levels(batch)
         return {**levels, "local_loss": levels["global_loss"]}
 
-
 METHODS = {"lodisc": LoDisc, "mocov3": MoCoV3}
 
-
-# --- 6. Published weights --------------------------------------------------------------------
-
-
-FORMATS = (  # name; key of the file's dict and prefix of the names, online and momentum encoder
-    ("LoDisc", ("model", "encoder."), ("model", "momentum_encoder.")),
-    ("MoCo v3", ("state_dict", "base_encoder."), ("state_dict", "momentum_encoder.")),
-    ("DINO, student and teacher", ("student", "backbone."), ("teacher", "backbone.")),
-    ("timm's or torchvision's names", ("model", ""), None),
-    ("timm's or torchvision's names", ("state_dict", ""), None),
-    ("timm's or torchvision's names", (None, ""), None),  # the dict itself
+# --- 6. Published weights: load_encoder ------------------------------------------------------
+FORMATS = {  # the class token's name, after any prefix: whose names
+    "embeddings.cls_token": "Hugging Face's names",
+    "class_token": "torchvision's names",
+    "cls_token": "timm's names",  # also ours, MoCo v3's, DINO's, DINOv2's, iBOT's, MAE's, DeiT's
+}
+RENAMES = (  # (pattern, replacement), in turn, to timm's names
+    (r"\b\w*module\.|\b_orig_mod\.", ""), (r"^blocks\.\d+\.(\d+\.)", r"blocks.\1"),  # chunks
+    (r"^embeddings\.", ""), (r"^class_token", "cls_token"), (r"^register_tokens", "reg_token"),
+    (r"^conv_proj|^patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^encoder\.pos_embedding|^position_embeddings", "pos_embed"),
+    (r"^encoder\.layers\.encoder_layer_|^(encoder\.)?layers?\.", "blocks."),
+    (r"^encoder\.ln\.|^layernorm\.", "norm."), (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.(ln_1|layernorm_before)\.", ".norm1."), (r"\.(ln_2|layernorm_after)\.", ".norm2."),
+    (r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\2."),
+    (r"\.(self_attention\.out_proj|attention\.(output\.dense|o_proj))\.", ".attn.proj."),
+    (r"\.(mlp\.(0|linear_1)|intermediate\.dense)\.", ".mlp.fc1."),
+    (r"\.(mlp\.(3|linear_2)|output\.dense)\.", ".mlp.fc2."),
+    (r"\.(gamma_|layer_scale)([12])(\.lambda1)?$", r".ls\2.gamma"),
 )
-RENAMES = (  # torchvision's names to timm's
-    (r"^class_token", "cls_token"), (r"^conv_proj", "patch_embed.proj"),
-    (r"^encoder\.pos_embedding", "pos_embed"), (r"^encoder\.ln\.", "norm."),
-    (r"^encoder\.layers\.encoder_layer_", "blocks."), (r"\.ln_([12])\.", r".norm\1."),
-    (r"\.self_attention\.in_proj_", ".attn.qkv."), (r"\.self_attention\.out_proj", ".attn.proj"),
-    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."), (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
-)
+LEFT_OUT = r"(heads?|head_dist|decoder\w*|mask_token|masked_embed|pre_logits|pooler|classifier)\b"
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of published ViTs, by width
+NORMALISATIONS = {  # mean and standard deviation of each channel
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": ((0.5,) * 3, (0.5,) * 3),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+CONFIG_NAMES = {  # ours: those in a config of Hugging Face, timm or this project
+    "width": "hidden_size num_features dim", "image size": "image_size input_size img_size",
+    "heads": "num_attention_heads num_heads heads", "eps": "layer_norm_eps eps",
+    "mean": "image_mean mean", "std": "image_std std", "activation": "hidden_act act_layer",
+    "SwiGLU": "use_swiglu_ffn", "architecture": "architecture",
+}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+          "BF16": torch.bfloat16, "I64": torch.int64}  # of safetensors
+HARMLESS = [  # types beside the tensors of published files: reading them runs no code
+    argparse.Namespace, defaultdict, int, float, list, dict, np.dtype,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
+    *((np.float64(0).__reduce__()[0], f"numpy.{m}.multiarray.scalar") for m in ("core", "_core")),
+    *((PurePath, f"pathlib.{local}{kind}Path") for local in ("", "_local.")
+      for kind in ("Posix", "Windows", "PurePosix", "PureWindows")),
+]
 
-
-def read_weights(path):
-    """Read a torch.save file or a run's checkpoint.pt -> dict, without executing code."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    require(path.is_file(), f"{path}: no such file; expected a checkpoint or weights", UserError)
-    try:  # DINO and DeiT store their options as a Namespace, which runs no code
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return {**torch.load(path, map_location="cpu", weights_only=True)}
+def read_weights(path) -> dict:
+    """Read what torch.save or safetensors wrote, without running code from it. path: the file, or
+    the folder of a run or of a model of the Hugging Face Hub. Raises UserError."""
+    names = ("checkpoint.pt", "model.safetensors", "pytorch_model.bin")
+    files = [file for file in (Path(path), *(Path(path, name) for name in names)) if file.is_file()]
+    require(files, f"{path}: no such file; expected a checkpoint or weights, or a folder with one "
+            f"of {', '.join(names)}", UserError)
+    try:
+        if files[0].suffix == ".safetensors":
+            return read_safetensors(files[0].read_bytes())
+        with torch.serialization.safe_globals(HARMLESS):
+            return {**torch.load(files[0], map_location="cpu", weights_only=True)}
     except Exception as error:  # torch.load raises many types
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"contains {unsafe[1]}, which could run code" if unsafe else "cannot be read"
-        raise UserError(f"{path} {reason}; expected tensors that torch.save wrote") from None
+        raise UserError(f"{files[0]} {reason}; expected tensors that torch.save or safetensors "
+                        "wrote; of a model: torch.save(model.state_dict(), FILE)") from None
 
+def read_safetensors(data: bytes) -> dict[str, Tensor]:
+    """Decode a safetensors file: the header's length in 8 bytes, the header, JSON, the tensors."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, tensors = json.loads(data[8:start]), {}
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        first, last = (start + offset for offset in entry["data_offsets"])
+        require(start <= first <= last <= len(data), f"{name} is not within the file")
+        values = torch.frombuffer(bytearray(data[first:last]), dtype=DTYPES[entry["dtype"]])
+        tensors[name] = values.reshape(entry["shape"])
+    return tensors
 
-def select_tensors(contents, key):
-    """Return {name: tensor} below a key of a file's dict, or of all of it for None."""
-    tensors = contents if key is None else contents.get(key)
-    if not isinstance(tensors, dict):
-        return {}
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()
-            if isinstance(tensor, Tensor)}
+def read_config(path, config):
+    """Return {name in CONFIG_NAMES: value} of a file's own config, and unless it is complete, of
+    config.json and preprocessor_config.json beside the file."""
+    folder = path if path.is_dir() else path.parent
+    for name in () if "heads" in config else ("config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            config = {**json.loads((folder / name).read_text(encoding="utf-8")), **config}
+    config = {**config, **config.get("model_args", {}), **config.get("pretrained_cfg", {})}  # timm
+    stated = {}
+    for ours, theirs in CONFIG_NAMES.items():
+        stated |= {ours: config[name] for name in theirs.split() if config.get(name) is not None}
+    if "image size" in stated:  # pixels, (height, width) or (channels, height, width)
+        stated["image size"] = np.max(stated["image size"])
+    return stated
 
+def named_tensors(contents, place=""):
+    """Yield (dotted name, tensor) of all tensors in nested dicts."""
+    for name, value in contents.items():
+        if isinstance(value, dict):
+            yield from named_tensors(value, f"{place}{name}.")
+        elif isinstance(value, Tensor):
+            yield f"{place}{name}", value
 
-def fold_layer_scale(state):
-    """Multiply DINOv2's layer scale into the linear layer before it, in place."""
+def merge_tensors(state):
+    """Merge q, k and v into one layer, and layer scale into the layer before it, in place."""
+    for name in [name for name in state if ".attn.q." in name]:
+        parts = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        state[name.replace(".q.", ".qkv.")] = torch.cat(parts)
     for name in [name for name in state if re.search(r"\.ls[12]\.gamma$", name)]:
         scale = state.pop(name)
         layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         state[layer + ".weight"] = scale[:, None] * state[layer + ".weight"]
         state[layer + ".bias"] = scale * state[layer + ".bias"]
 
-
 def resize_positions(positions: Tensor, side: int) -> Tensor:
-    """Interpolate (1, 1 + n * n, D) to (1, 1 + side * side, D): bicubic, antialiased."""
-    n = math.isqrt(positions.shape[1] - 1)
-    if n == side or n * n != positions.shape[1] - 1:  # no grid: load_encoder names the tensor
+    """Interpolate (1, 1 + n * n, D) to (1, 1 + side * side, D): bicubic, antialiased. The class
+    token's is zero if it is missing: (1, n * n, D), DeiT III. Without a grid nothing changes."""
+    n = math.isqrt(positions.shape[1])
+    if n * n == positions.shape[1]:
+        positions = F.pad(positions, (0, 0, 1, 0))
+    if n == side or n * n != positions.shape[1] - 1:
         return positions
     grid = rearrange(positions[:, 1:], "1 (rows columns) d -> 1 d rows columns", rows=n)
     grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
     patches = rearrange(grid, "1 d rows columns -> 1 (rows columns) d")
     return torch.cat([positions[:, :1], patches], dim=1)
 
-
-def load_encoder(path, use_momentum=False, image_size=None) -> VisionTransformer:
+def load_encoder(path, use_momentum=False, image_size=None, heads=None, normalise=None):
     """Build the encoder of a checkpoint or of published weights by its tensors, in eval mode.
 
-    path: a run's folder or checkpoint.pt; a file of `eval.py export`, MoCo v3, DINO, DINOv2
-    without registers, DeiT, timm or torchvision; heads are left out. use_momentum: the momentum
-    (or teacher's) encoder. image_size: in pixels, the file's by default; positions are resized. The
-    result has `config` (this project's, else {}) and `source`, a line on it. Raises UserError."""
-    contents = read_weights(path)
-    config = contents.get("config")
-    if not isinstance(config, dict) or "heads" not in config:  # another project's
-        config = {}
-    for kind, (key, prefix), momentum in FORMATS:
-        tensors = select_tensors(contents, key)
-        if prefix + "cls_token" in tensors or prefix + "class_token" in tensors:
-            break
-    else:
-        raise UserError(f"{path}: no ViT of a known format in it")
-    if use_momentum:
-        require(momentum, f"{path} ({kind}) has no momentum encoder", UserError)
-        key, prefix = momentum
-        tensors = select_tensors(contents, key)
-    state, left_out = {}, set()
-    for name, tensor in tensors.items():
-        ours = name.removeprefix(prefix)
-        for pattern, replacement in RENAMES:
-            ours = re.sub(pattern, replacement, ours)
-        if not name.startswith(prefix) or re.match(r"heads?\.|mask_token$", ours):
-            left_out.add(ours.split(".")[0])
-        else:
-            state[ours] = tensor.float()
+    path: as in `read_weights`; of two encoders, the online one, or with use_momentum the momentum
+    (or teacher's, or EMA) one. image_size: in pixels, by default the file's; positions are resized.
+    heads, normalise (in NORMALISATIONS): where neither the file nor a config beside it states them.
+    The result has `config` (ours, else {}) and `source`, a line on it. Raises UserError."""
+    contents, path = read_weights(path), Path(path)
+    tensors = dict(named_tensors(contents))
+    tokens = [re.fullmatch(rf"(|.*?\.)({'|'.join(FORMATS)})", name) for name in tensors]
+    formats = {token[1]: FORMATS[token[2]] for token in tokens if token}  # by prefix
+    averaged = [prefix for prefix in formats
+                if re.search(r"(^|[._])(momentum|teacher|ema|target)", prefix)]
+    online = [prefix for prefix in formats if prefix not in averaged] or averaged
+    require(online, f"{path}: no ViT of a known format in it: no tensor's name ends in cls_token; "
+            f"its keys: {list(contents)[:9]}, its tensors: {list(tensors)[:5]}", UserError)
+    require(averaged or not use_momentum, f"{path} has no momentum encoder", UserError)
+    prefix = averaged[0] if use_momentum else online[0]
+    config = contents.get("config") if isinstance(contents.get("config"), dict) else {}
+    state, left_out = {}, {}  # a dict keeps the order
     try:
-        fold_layer_scale(state)
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            ours, tensor = name.removeprefix(prefix), tensors[name]
+            for pattern, replacement in RENAMES:
+                ours = re.sub(pattern, replacement, ours)
+            if re.match(LEFT_OUT, ours):
+                left_out[ours.split(".")[0]] = True
+                continue
+            require(tensor.is_floating_point(), f"{name} is of {tensor.dtype}, not floating point")
+            state[ours] = tensor.float()
+            require(state[ours].isfinite().all(), f"{name} has values that are not finite")
+        merge_tensors(state)
         dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
         depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-        heads = 12 if kind == "MoCo v3" and dim == 384 else dim // 64
-        heads = config.get("heads", heads)
-        require(config or dim % 64 == 0, f"the number of heads of width {dim} is unknown; give a "
-                "checkpoint.pt or a file of `eval.py export`")
-        native_size = patch_size * math.isqrt(state["pos_embed"].shape[1] - 1)
-        image_size = image_size or config.get("image_size", native_size)
+        side = math.isqrt(state["pos_embed"].shape[1])
+        stated = read_config(path, config)
+        is_moco = contents.get("arch") == "vit_small" or "base_encoder." in " ".join(formats)
+        if is_moco and dim == 384:  # MoCo v3's own ViT-S
+            stated.setdefault("heads", 12)
+        given = {} if heads is None else {"heads": heads}
+        if normalise:
+            given["mean"], given["std"] = NORMALISATIONS[normalise]
+        expected = {"width": dim, "image size": patch_size * side, "activation": "gelu",
+                    "SwiGLU": False, **given}
+        for name, value in expected.items():
+            require(np.array_equal(stated.get(name, value), value),
+                    f"it states {name} {stated.get(name)}, expected {value}")
+        require(not re.search("rope|quickgelu", stated.get("architecture", "")),
+                f"{stated.get('architecture')} has rotary positions or another activation")
+        usual = {"heads": HEADS.get(dim), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "eps": 1e-6}
+        taken = {**usual, **given, **stated}
+        require(taken["heads"], f"the number of heads of width {dim} is unknown: give --heads")
+        mean, std = (tuple(map(float, taken[name])) for name in ("mean", "std"))
+        require(len(mean) == len(std) == 3, f"expected 3 means and stds, got {mean}, {std}")
+        image_size = image_size or patch_size * side
+        registers = state["reg_token"].shape[1] if "reg_token" in state else 0
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
-            encoder = VisionTransformer(image_size, patch_size, dim, depth, heads,
+            encoder = VisionTransformer(image_size, patch_size, dim, depth, taken["heads"],
+                                        registers=registers, eps=taken["eps"],
                                         learned_positions=True, train_projection=True)
         state["pos_embed"] = resize_positions(state["pos_embed"], image_size // patch_size)
         encoder.load_state_dict(state)
-    except (LookupError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())  # names missing, unexpected and misshapen tensors
-        raise UserError(f"{path} ({kind}) does not fit the encoder: {reason[:300]}") from None
-    encoder.config = config
-    encoder.mean, encoder.std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
-    if use_momentum:
-        kind += ", momentum encoder"
-    encoder.source = (f"{path}: {kind}, {depth} layers of width {dim}; left out: "
-                      f"{', '.join(sorted(left_out)) or 'nothing'}")
+    except (LookupError, ValueError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]  # names missing, unexpected, misshapen tensors
+        raise UserError(f"{path} ({formats[prefix]}) does not fit the encoder: {reason}; what is "
+                        "read: README.md, Published weights") from None
+    encoder.config = config if {"dim", "depth", "heads"} <= config.keys() else {}
+    encoder.mean, encoder.std = mean, std
+    origin = dict.fromkeys(usual, "assumed") | dict.fromkeys(given, "given")
+    origin |= dict.fromkeys(stated, "stated")
+    encoder.source = (
+        f"{path}: {formats[prefix]}, {prefix}*, {depth} layers of width {dim}, {taken['heads']} "
+        f"heads ({origin['heads']}), {registers} registers, {side} x {side} positions, "
+        f"mean {mean}, std {std} ({origin['mean']}); left out: {', '.join(left_out) or 'nothing'}")
     return encoder.eval()

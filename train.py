@@ -29,7 +29,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: idle threa
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms import v2
 
 import data.augment as augment
@@ -37,12 +36,12 @@ from data.augment import Preprocessing
 from data.datasets import (NAMES, data_name, default_workers, fitting_workers, load_data,
                            naming_dead_workers)
 from data.draw import example_indices, run_sheet
-from eval import (MAIN_METRICS, build_model, compared_encoders, current_config, evaluate,
-                  exit_with_line, pick_device, recipe_image_size, save_picture, save_results, table,
-                  write_text, write_whole)
+from eval import (MAIN_METRICS, PLAIN, WEIGHTS, build_model, compared_encoders, current_config,
+                  evaluate, exit_with_line, pick_device, recipe_image_size, save_picture,
+                  save_results, table, weights_file, write_text, write_whole)
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
-                    METHODS, LoDisc, UserError, load_encoder, momentum_schedule, read_weights,
-                    require)
+                    METHODS, NORMALISATIONS, LoDisc, UserError, load_encoder, momentum_schedule,
+                    read_weights, require)
 
 # Defaults; images: (total to see, minimum of epochs). Unlike MoCo v3's (lr 1.5e-4 per 256
 # images, EMA from 0.99, 40 of 300 epochs of warm-up), they are for short runs of small batches. As
@@ -55,12 +54,6 @@ RECIPES = {
                          crop_min=0.08, epochs=100, warmup_epochs=10, batch_size=256),
     "init": dict(encoder_lr=2e-5, momentum=0.9, crop_min=0.08, images=(6_500, 3), batch_size=64,
                  lr=4e-3),  # warm-up: a sixth of all steps
-}
-META = "https://dl.fbaipublicfiles.com/"
-WEIGHTS = {  # name for --init: the publisher's address
-    "dino": META + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",  # ViT-S/16
-    "dinov2": META + "dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",  # ViT-S/14
-    "imagenet": ViT_B_16_Weights.IMAGENET1K_V1.url,  # ViT-B/16, trained with labels
 }
 MOVABLE = ("data", "data_root", "device", "workers", "init")  # settings that --resume may change
 BF16_WIDTH = 192  # smallest at which bfloat16 is faster on a CPU (tests/experiments/RESULTS.md)
@@ -323,6 +316,9 @@ def parse_args(argv=None):
     add("--init", type=absolute, default="none",
         help=f"weights file, or {', '.join(WEIGHTS)} (untested); authors: imagenet")
     add("--init-momentum", action="store_true", help="the file's momentum (or teacher's) encoder")
+    add("--heads", type=int, help="of --init, if it does not state them; default: by its width")
+    add("--normalise", choices=NORMALISATIONS,
+        help="mean and std of the images for --init, if it does not state them; default: imagenet")
 
     add("--epochs", type=int, help="passes over the images; authors: 100")
     add("--warmup-epochs", type=float, help="epochs of rising learning rate; authors: 0")
@@ -374,41 +370,25 @@ def method_options(texts):
     return options
 
 
-def weights_file(name):
-    """Return the path of --init; a name in WEIGHTS is fetched once."""
-    if name not in WEIGHTS:
-        return name
-    path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS[name].split("/")[-1])
-    try:  # the hash in a file's name, if any, is checked
-        torch.hub.load_state_dict_from_url(WEIGHTS[name], map_location="cpu", weights_only=True,
-                                           check_hash="-" in path.name)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"could not fetch {WEIGHTS[name]} ({error}); download it and give the "
-                        "file's path to --init") from None
-    return str(path)
-
-
 def load_init(settings):
     """Return the encoder of --init, or None; the other settings must not contradict it."""
     if settings["init"] == "none":
+        for name in ("heads", "normalise"):
+            require(settings[name] is None, f"{flag(name)} is for --init", UserError)
         return None
     settings["init"] = weights_file(settings["init"])
-    encoder = load_encoder(settings["init"], settings["init_momentum"])
+    encoder = load_encoder(settings["init"], settings["init_momentum"], None, settings["heads"],
+                           settings["normalise"])
     for name, value in (("arch", arch_of(encoder)), ("patch_size", encoder.patch_size)):
         require(settings[name] in (None, value), f"{flag(name)} {settings[name]} disagrees with "
                 f"--init {settings['init']}, which has {value}", UserError)
     return encoder
 
 
-def sizes_of(encoder):
-    return {"dim": encoder.dim, "depth": len(encoder.blocks),
-            "heads": encoder.blocks[0].attn.heads}
-
-
 def arch_of(encoder):
     """Return the name of an encoder's sizes in ARCHITECTURES, or "unnamed"."""
     for name, sizes in ARCHITECTURES.items():
-        if sizes == sizes_of(encoder):
+        if encoder.sizes == {**PLAIN, **sizes}:
             return name
     return "unnamed"
 
@@ -447,6 +427,7 @@ def fill_defaults(settings, device, num_images, processes=1, encoder=None):
 
     config = dict(settings, num_images=num_images, mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD))
     config["method_options"] = method_options(config.pop("method_option"))
+    del config["normalise"]  # which mean and std say
     for name, value in recipe.items():
         if config[name] is None:
             config[name] = value
@@ -454,9 +435,9 @@ def fill_defaults(settings, device, num_images, processes=1, encoder=None):
         config["encoder_lr"] = config["lr"] * config["batch_size"] / 256
     config["warmup_epochs"] = min(config["warmup_epochs"], config["epochs"])
     if encoder is None:
-        config.update(ARCHITECTURES[config["arch"]])  # dim, depth, heads
+        config.update(PLAIN, **ARCHITECTURES[config["arch"]])
     else:
-        config.update(sizes_of(encoder), mean=list(encoder.mean), std=list(encoder.std))
+        config.update(encoder.sizes, mean=list(encoder.mean), std=list(encoder.std))
     return config
 
 
@@ -699,7 +680,8 @@ class Run:
         settings = self.config
         self.config = fill_defaults(settings, self.device, num_images, self.processes, encoder)
         recipe = recipe_name(settings, self.device)
-        chosen = [f"{name} {self.config[name]}" for name in settings if settings[name] is None]
+        chosen = [f"{name} {value}" for name, value in self.config.items()
+                  if name in settings and settings[name] is None]
         if chosen and recipe != "birds":
             print(f"chosen ({recipe}): {', '.join(chosen)}")
 

@@ -405,7 +405,7 @@ def test_masks_of_given_images_or_without_regions_are_only_drawn(run_of_birds, f
 
 
 def test_masks_of_published_weights_are_measured_but_not_stored(elsewhere, few_birds, capsys):
-    encoder = VisionTransformer(32, 8, 64, 1, 1)
+    encoder = VisionTransformer(32, 8, 192, 1, 3)
     torch.save(encoder.state_dict(), "weights.pth")
     evaluation.main(["masks", "weights.pth", "--data", "synthetic", "--image-size", "32",
                      "--device", "cpu", "--workers", "0"])
@@ -416,7 +416,7 @@ def test_masks_of_published_weights_are_measured_but_not_stored(elsewhere, few_b
 
 
 def test_masks_png_shows_image_heat_map_and_kept_patches(tmp_path, elsewhere):
-    encoder = VisionTransformer(48, 8, 64, 1, 1)
+    encoder = VisionTransformer(48, 8, 192, 1, 3)
     torch.save(encoder.state_dict(), "weights.pth")
     for i in range(5):
         Birds("test", 20)[i][0].save(f"{i}.png")

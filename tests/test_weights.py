@@ -23,7 +23,7 @@ from data.datasets import load_data
 from lodisc import (IMAGENET_MEAN, IMAGENET_STD, LoDisc, MoCoV3, UserError, VisionTransformer,
                     load_encoder, resize_positions)
 
-PATCH, SIZE, WIDTH, DEPTH, HEADS = 16, 32, 128, 12, 2
+PATCH, SIZE, WIDTH, DEPTH, HEADS = 16, 32, 192, 12, 3
 SMALL = ["--image-size", "16", "--batch-size", "12", "--epochs", "1", "--workers", "0",
          "--device", "cpu"]
 NANO = ["--arch", "vit_nano", "--patch-size", "8", "--warmup-epochs", "0", *SMALL]
@@ -126,22 +126,21 @@ def run_file(encoder, momentum):
             "history": [{"epoch": 1, "total": 3.0}]}
 
 
-FILES = {  # name: (contents, source, what is left out)
-    "timm": (timm_file, "timm's or torchvision's names", "head"),
-    "DeiT": (deit_file, "timm's or torchvision's names", "head"),
-    "DeiT, training": (deit_training, "timm's or torchvision's names", "head"),
-    "MoCo v3": (moco_file, "MoCo v3", "head, momentum_encoder, predictor"),
-    "MoCo v3, linear": (moco_linear, "timm's or torchvision's names", "head"),
-    "DINO": (dino_file, "DINO, student and teacher", "head"),
-    "DINO, backbone": (lambda encoder, momentum: backbone(encoder), "timm's or torchvision's names",
-                       "nothing"),
-    "LoDisc": (run_file, "LoDisc", "momentum_encoder, momentum_projector, predictor, projector"),
+FILES = {  # name: (contents, prefix of the online encoder, what is left out of it)
+    "timm": (timm_file, "", "head"),
+    "DeiT": (deit_file, "model.", "head"),
+    "DeiT, training": (deit_training, "model.", "head"),
+    "MoCo v3": (moco_file, "state_dict.module.base_encoder.", "head"),
+    "MoCo v3, linear": (moco_linear, "state_dict.module.", "head"),
+    "DINO": (dino_file, "student.module.backbone.", "nothing"),
+    "DINO, backbone": (lambda encoder, momentum: backbone(encoder), "", "nothing"),
+    "LoDisc": (run_file, "model.encoder.", "nothing"),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_load_encoder_reads_published_formats(tmp_path, name):
-    contents, kind, left_out = FILES[name]
+    contents, prefix, left_out = FILES[name]
     base, momentum = new_encoder(), new_encoder()
     path = tmp_path / "file.pth"
     torch.save(contents(base, momentum), path)
@@ -152,16 +151,18 @@ def test_load_encoder_reads_published_formats(tmp_path, name):
     assert sizes(encoder) == sizes(base) and not encoder.training
     assert torch.equal(encoder(images), base(images))
     assert all(parameter.requires_grad for parameter in encoder.parameters())
-    assert encoder.source == (f"{path}: {kind}, {len(encoder.blocks)} layers of width "
-                              f"{encoder.dim}; left out: {left_out}")
     of_a_run = name == "LoDisc"
+    stated = "stated" if of_a_run else "assumed"
+    assert encoder.source == (
+        f"{path}: timm's names, {prefix}*, 12 layers of width 192, 3 heads ({stated}), 0 registers, "
+        f"2 x 2 positions, mean {encoder.mean}, std {encoder.std} ({stated}); left out: {left_out}")
     assert tuple(encoder.mean) == ((0.1, 0.2, 0.3) if of_a_run else IMAGENET_MEAN)
     assert tuple(encoder.std) == ((0.4, 0.5, 0.6) if of_a_run else IMAGENET_STD)
     assert bool(encoder.config) == of_a_run
-    if kind in ("MoCo v3", "DINO, student and teacher", "LoDisc"):
+    if name in ("MoCo v3", "DINO", "LoDisc", "DeiT, training"):
         encoder = load_encoder(path, use_momentum=True)
         assert torch.equal(encoder(images), momentum(images))
-        assert re.search(rf": {kind}, momentum encoder, \d+ layers of width \d+; left out: ",
+        assert re.search(r": timm's names, \S*(momentum_encoder|teacher\.backbone|ema)\.\*, ",
                          encoder.source)
     else:
         with pytest.raises(UserError, match="has no momentum encoder"):
@@ -184,8 +185,9 @@ def test_torchvision_features_are_equal(tmp_path, wrapped):
     encoder = load_encoder(tmp_path / "vit.pth")
     images = torch.randn(2, 3, SIZE, SIZE)
     assert (encoder(images) - theirs.eval()(images)).abs().max() < 1e-5
-    assert encoder.source.endswith(
-        f"torchvision's names, {DEPTH} layers of width {WIDTH}; left out: heads")
+    place = "model.module." if wrapped else ""
+    assert f": torchvision's names, {place}*, {DEPTH} layers of width {WIDTH}, " in encoder.source
+    assert encoder.source.endswith("; left out: heads")
 
 
 # --- DINOv2 -----------------------------------------------------------------------------------
@@ -254,8 +256,9 @@ def test_dinov2_features_equal_explicit_layer_scale(tmp_path, dtype, image_size)
 
 MISFITS = {  # name: (change of a timm state dict, match)
     "second token": (lambda s: s | zeros(["dist_token", "head_dist.weight"]),
-                     r'"dist_token", "head_dist\.weight"'),
-    "register tokens": (lambda s: s | zeros(["register_tokens"]), '"register_tokens"'),
+                     r'"dist_token"'),
+    "a register's shape": (lambda s: s | {"register_tokens": torch.zeros(1, 4, 3)},
+                           r"size.*reg_token"),
     "relative positions": (lambda s: s | zeros(["blocks.0.attn.relative_position_bias_table"]),
                            r'"blocks\.0\.attn\.relative_position_bias_table"'),
     "another norm": (lambda s: s | zeros(["fc_norm.weight"]), r'"fc_norm\.weight"'),
@@ -316,13 +319,43 @@ def test_number_of_heads(tmp_path):
     assert heads(moco_file(small, small)) == 12  # MoCo v3's own ViT-S
     assert heads(deit_file(small, small)) == heads(dino_file(small, small)) == 6
     assert heads(run_file(small, small)) == 12
-    assert heads({**run_file(small, small), "config": {"heads": 4, "image_size": 64}}) == 4
-    assert load_encoder(path).image_size == 64
+    assert heads({**run_file(small, small), "config": {"heads": 4}}) == 4
+    with pytest.raises(UserError, match="states image size 64, expected 32"):
+        heads({**run_file(small, small), "config": {"heads": 4, "image_size": 64}})
     nano = new_encoder(width=96, depth=1, heads=3)
     assert heads(run_file(nano, nano)) == 3
     assert heads({"state_dict": backbone(nano), "config": sizes(nano)}) == 3
-    with pytest.raises(UserError, match="heads of width 96 is unknown.*checkpoint.pt.*export"):
+    with pytest.raises(UserError, match="number of heads of width 96 is unknown: give --heads"):
         heads(backbone(nano))
+    encoder = load_encoder(path, heads=3)
+    assert encoder.blocks[0].attn.heads == 3 and "3 heads (given)" in encoder.source
+
+
+@pytest.mark.parametrize("width, heads", [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)])
+def test_heads_of_published_widths(tmp_path, width, heads):
+    """A ViT-H has heads of 80, so width / 64 is not their number."""
+    encoder = new_encoder(16, 16, width, 1, heads)
+    torch.save(backbone(encoder), tmp_path / "file.pth")
+    loaded = load_encoder(tmp_path / "file.pth")
+    assert loaded.blocks[0].attn.heads == heads and f", {heads} heads (assumed)" in loaded.source
+
+
+@pytest.mark.parametrize("contents", [
+    lambda small: {**moco_linear(small, small), "arch": "vit_small"},  # MoCo v3's linear probe
+    lambda small: {"state_dict": backbone(small, "module.base_encoder.")}])
+def test_moco_small_has_twelve_heads(tmp_path, contents):
+    small = new_encoder(width=384, depth=1, heads=12)
+    torch.save(contents(small), tmp_path / "file.pth")
+    loaded, images = load_encoder(tmp_path / "file.pth"), torch.randn(2, 3, SIZE, SIZE)
+    assert torch.equal(loaded(images), small(images)) and "12 heads (stated)" in loaded.source
+    with pytest.raises(UserError, match="states heads 12, expected 6"):
+        load_encoder(tmp_path / "file.pth", heads=6)
+
+
+def test_arch_of_another_publisher_is_not_mocos(tmp_path):
+    small = new_encoder(width=384, depth=1, heads=6)
+    torch.save({"arch": "vit_small_patch16_224", "state_dict": backbone(small)}, tmp_path / "f.pth")
+    assert load_encoder(tmp_path / "f.pth").blocks[0].attn.heads == 6
 
 
 class Bomb:
@@ -446,19 +479,25 @@ def chosen_config(*arguments):
 @pytest.mark.usefixtures("elsewhere")
 def test_config_has_the_sizes_of_a_bare_file():
     torch.save(backbone(new_encoder(24, 8, 128, 1, 2)), "bare.pth")
-    config = chosen_config("--init", "bare.pth")
+    config = chosen_config("--init", "bare.pth", "--heads", "2")
     assert config["arch"] == "unnamed" and config["image_size"] == 96
     assert [config[name] for name in ("dim", "depth", "heads", "patch_size")] == [128, 1, 2, 8]
     assert (config["mean"], config["std"]) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
+    assert train.build_model(config).encoder.blocks[0].attn.heads == 2
+    config = chosen_config("--init", "bare.pth", "--heads", "4", "--normalise", "half")
+    assert config["heads"] == 4 and config["mean"] == config["std"] == [0.5, 0.5, 0.5]
+    for options in (["--heads", "4"], ["--normalise", "clip"]):
+        with pytest.raises(UserError, match=f"{options[0]} is for --init"):
+            chosen_config(*options)
 
 
 @pytest.mark.usefixtures("elsewhere")
 def test_init_momentum_starts_from_the_momentum_encoder(capsys):
-    base, momentum = (new_encoder(16, 8, 64, 1, 1) for _ in range(2))
+    base, momentum = (new_encoder(16, 8, 192, 1, 3) for _ in range(2))
     torch.save(dino_file(base, momentum), "dino.pth")
     for options, expected in (([], base), (["--init-momentum"], momentum)):
         config = chosen_config("--init", "dino.pth", "--image-size", "16", *options)
-        assert ("momentum encoder" in capsys.readouterr().out) == (expected is momentum)
+        assert ("teacher.backbone.*" in capsys.readouterr().out) == (expected is momentum)
         assert same(train.build_model(config).encoder.state_dict(), expected.state_dict())
 
 
@@ -490,6 +529,23 @@ def test_named_weights_are_fetched_from_the_publisher(tmp_path, monkeypatch, nam
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("contents", [b"", b"half a file", b"PK\x03\x04 of a zip"])
+@pytest.mark.parametrize("command", [["train.py", "--init"], ["eval.py", "all"]])
+def test_broken_file_in_the_download_folder_is_to_be_deleted(tmp_path, monkeypatch, contents,
+                                                             command):
+    """By the real torch.hub, which would only fetch a file that is missing."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    path = tmp_path / "checkpoints" / "dinov2_vits14_pretrain.pth"
+    path.parent.mkdir()
+    path.write_bytes(contents)
+    with pytest.raises(UserError, match=f"{path} is damaged .*: delete it") as error:
+        if command[0] == "train.py":
+            chosen_config(command[1], "dinov2")
+        else:
+            evaluation.main([command[1], "dinov2"])
+    assert "\n" not in str(error.value) and path.read_bytes() == contents
+
+
 # --- export, and evaluation of a weights file ---------------------------------------------------
 
 
@@ -502,8 +558,8 @@ def test_export_is_read_back_bit_equal(flowers, capsys):
     assert sorted(contents) == ["config", "state_dict"]
     assert sorted(contents["state_dict"]) == sorted(vit_names(4))  # and nothing else
     assert contents["config"] == dict(
-        image_size=16, patch_size=8, dim=96, depth=4, heads=3, mean=list(IMAGENET_MEAN),
-        std=list(IMAGENET_STD))
+        image_size=16, patch_size=8, dim=96, depth=4, heads=3, registers=0, eps=1e-6,
+        mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD))
     with pytest.raises(UserError, match="exists"):
         evaluation.main(["export", "run", "--device", "cpu"])
     evaluation.main(["export", "run", "--momentum", "--out", "momentum.pth", "--device", "cpu"])
@@ -525,7 +581,7 @@ def test_export_keeps_mean_std_and_another_image_size():
     encoder = load_encoder("run.pt", image_size=48)
     run_eval("export", "run.pt", "--image-size", "48")
     back = load_encoder("encoder.pth")
-    assert (back.mean, back.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]) and back.image_size == 48
+    assert (back.mean, back.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and back.image_size == 48
     assert same(back.state_dict(), encoder.state_dict())
 
 
@@ -555,7 +611,7 @@ def test_evaluation_of_a_weights_file(flowers, weights_file, monkeypatch, capsys
     monkeypatch.setattr(evaluation, "evaluate", record)
     run_eval("knn", weights_file, "--data", flowers, *options)
     printed = capsys.readouterr().out
-    assert f"at {size} px" in printed and "DINO, student and teacher" in printed
+    assert f"at {size} px" in printed and "timm's names, " in printed
     ((encoders, data, preprocessing, *_, features), results), = calls
     (name, encoder), = encoders.items()
     assert name == ("momentum" if momentum else "published") and features == kind

@@ -113,7 +113,8 @@ class PARTICLE(LoDisc):
         """Return the momentum encoder's patch tokens (B, N, D) and their importance (B, N)."""
         importance = IMPORTANCES[self.importance]
         _, tokens, attentions = self.momentum_encoder.encode(view, kind=importance.attention_kind)
-        return tokens, importance.function(attentions, tokens)
+        importance = importance.function(attentions, tokens)
+        return tokens, importance[:, -tokens.shape[1]:]  # never a register's
 
     def part_loss(self, rows, targets):
         """Contrast online rows with momentum rows, (P, D); 0, still in the graph, for P < 2."""

@@ -114,7 +114,7 @@ def parse_args(argv=None):
     add("--workers", type=int, default=default_workers(), help="loading processes; 0: none")
     add("--out", type=Path, help="a new file; default: parts.png in the run's folder")
     parser.set_defaults(what="parts", momentum=False, image_size=None, method=None, data_root=None,
-                        features="class")
+                        features="class", heads=None, normalise=None)
     return parser.parse_args(argv)
 
 
