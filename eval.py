@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 
 from data.augment import Plain, Preprocessing, cropped_maps, plain_crop, to_tensor
 from data.birds import BIRD
-from data.datasets import (data_name, default_workers, fitting_workers, load_data,
+from data.datasets import (check_headers, data_name, default_workers, fitting_workers, load_data,
                            naming_dead_workers, open_image)
 from data.draw import example_indices, mask_sheet
 from lodisc import (METHODS, NORMALISATIONS, MoCoV3, UserError, VisionTransformer, load_encoder,
@@ -598,6 +598,8 @@ def read_data(args, config):
     data = load_data(args.data, args.data_root or config.get("data_root", "datasets"),
                      held_out=held_out)
     require(data.test is not None, data.note, UserError)
+    check_headers(data)
+    print(f"data: {data.describe()}")
     return data
 
 

@@ -33,8 +33,8 @@ from torchvision.transforms import v2
 
 import data.augment as augment
 from data.augment import Preprocessing
-from data.datasets import (NAMES, data_name, default_workers, fitting_workers, load_data,
-                           naming_dead_workers)
+from data.datasets import (NAMES, check_headers, data_name, default_workers, fitting_workers,
+                           load_data, naming_dead_workers)
 from data.draw import example_indices, run_sheet
 from eval import (MAIN_METRICS, PLAIN, WEIGHTS, build_model, compared_encoders, current_config,
                   evaluate, exit_with_line, pick_device, recipe_image_size, save_picture,
@@ -651,6 +651,9 @@ class Run:
             torch.cuda.set_device(self.device)
         self.data = load_data(self.config["data"], self.config["data_root"], self.download,
                               self.config["held_out"])
+        if self.rank == 0:
+            check_headers(self.data)
+        print(f"data: {self.data.describe()}")
         num_images = len(self.data.train)
         if not self.checkpoint:
             self.choose_settings(num_images)

@@ -3,15 +3,18 @@
 import os
 import re
 import shutil
+import time
+import warnings
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw
 from torch.utils.data import Dataset, Subset, get_worker_info
-from torchvision.datasets import Caltech101, FGVCAircraft, ImageFolder, StanfordCars
+from torchvision.datasets import Caltech101, FGVCAircraft, StanfordCars
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 
@@ -25,32 +28,99 @@ CUB_MD5 = "97eceeb196236b17998738112f37df78"
 
 
 class Data(NamedTuple):
-    """Data sets of (RGB image, class). If test is None, `note` says why nothing is evaluated."""
+    """Data sets of (RGB image, class). If test is None, `note` says why nothing is evaluated;
+    `found`: what a folder holds, and what of it was left out."""
 
     train: Dataset
     test: Dataset | None
     note: str = ""
+    found: str = ""
+
+    def describe(self):
+        """Return a line on the images and classes."""
+        test = "no" if self.test is None else len(self.test)
+        classes = len(set(self.train.targets))
+        return (f"{len(self.train)} training images of {classes} classes, "
+                f"{test} test images{self.found}")
 
 
 # --- image files and folders ------------------------------------------------------------------
 
 
+TRANSPOSED = {  # EXIF orientation: what turns the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}
+SIXTEEN_BIT = {"greatest": 0, "said": False}  # of the data set that was loaded last
+
+
 def open_image(path):
-    """Return a file's RGB image: upright by its EXIF note, 16-bit grey scaled to 8 bits.
+    """Return a file's RGB image, upright by its EXIF note, in 8 bits as by `eight_bits`.
 
     Raises UserError, one line with the path, for a file that is broken or no image."""
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits at 255
-                levels = np.asarray(image).astype(np.uint32) >> 8
-                image = Image.fromarray(levels.astype(np.uint8))
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # of odd notes and sizes, a line per image
+            image.load()
+            image = eight_bits(upright(image), path)
             if "transparency" in image.info:
                 image = image.convert("RGBA")
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not a readable image ({reason})") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        raise unreadable(path, error) from None
+
+
+def unreadable(path, error):
+    """Return the UserError on a file that Pillow cannot read."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(f"{printable(path)} is not a readable image ({reason})")
+
+
+def printable(path):
+    """Return a path with line breaks and what cannot be printed escaped, so that it is one line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
+
+
+def upright(image):
+    """Turn an image by its EXIF note, which is only read: ImageOps.exif_transpose writes it anew,
+    and raises for a tag that it cannot write."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return image.transpose(TRANSPOSED[orientation])
+    except Exception:  # no note, none on the orientation, or a damaged one
+        return image
+
+
+def eight_bits(image, path):
+    """Convert images of more bits: 16 are scaled from 65,535; float and 32-bit values must all lie
+    in [0, 1] or [0, 255]. Raises UserError for others. A line is printed if no 16-bit image so far
+    exceeds 4,095, as 12-bit data would be nearly black."""
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if not is_16_bit and image.mode not in ("I", "F"):
+        return image
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if is_16_bit:
+        note_depth(int(high), path)
+        return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
+    require(0 <= low <= high <= 255, f"{printable(path)} has values from {low:g} to {high:g}; of "
+            "float and 32-bit images they must lie in [0, 1] or [0, 255]: convert it, by numpy: "
+            "Image.fromarray(((a - a.min()) / np.ptp(a) * 255).astype('uint8'))", UserError)
+    scale = 255 if high <= 1 else 1
+    return Image.fromarray((values * scale).round().astype(np.uint8))
+
+
+def note_depth(greatest, path):
+    """Print one line if no 16-bit image so far has a value above 4,095."""
+    SIXTEEN_BIT["greatest"] = max(SIXTEEN_BIT["greatest"], greatest)
+    in_main_process = get_worker_info() is None
+    if SIXTEEN_BIT["greatest"] <= 4095 and not SIXTEEN_BIT["said"] and in_main_process:
+        SIXTEEN_BIT["said"] = True
+        print(f"{printable(path)}: no 16-bit image so far has a value above 4,095, and 65,535 is "
+              "white; if these are 12-bit data, multiply them by 16, or they are nearly black")
 
 
 class Cache:
@@ -153,53 +223,172 @@ class Images(Dataset):
         return CACHED.open(self.paths[index]), self.targets[index]
 
 
-class FlatFolder(ImageFolder):
-    """Every image below a folder as one class: for training without labels."""
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
+          "val": "val", "valid": "val", "validation": "val"}  # a folder's name: the split
+NOT_DATA = (".", "@", "#", "$", "__")  # .ipynb_checkpoints, @eaDir, #recycle, __MACOSX
+PICTURES = ("run.png", "masks.png")  # of this program
 
-    def find_classes(self, directory):
-        return [""], {"": 0}
+
+def find_images(root):
+    """Return the images below a folder, as paths relative to it, and a Counter of what was left
+    out, by the rule in data/README.md. Raises UserError for what cannot be read."""
+    images, left_out, visited = [], Counter(), set()
+
+    def refuse(error):
+        raise UserError(f"{printable(error.filename)} cannot be read ({error.strerror})")
+
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link to a folder above it has no end
+            folders.clear()
+            left_out["folders met twice, by a link"] += 1
+            continue
+        visited.add(real)
+        for name in list(folders):
+            is_run = os.path.exists(os.path.join(folder, name, "checkpoint.pt"))
+            if is_run or name.startswith(NOT_DATA):
+                folders.remove(name)
+                left_out["folders of runs" if is_run else f"{name}/"] += 1
+        for name in files:
+            ending = os.path.splitext(name)[1].lower()
+            if name.startswith(NOT_DATA):
+                left_out["hidden files"] += 1
+            elif ending not in IMG_EXTENSIONS:
+                left_out[f"{ending} files" if ending else "files without ending"] += 1
+            elif name in PICTURES:
+                left_out[name] += 1
+            else:
+                path = Path(folder, name)
+                require(path.is_file(), f"{printable(path)} is a broken link, or no file: remove "
+                        "it", UserError)
+                images.append(path.relative_to(root))
+    return images, left_out
 
 
-def has_class_folders(root):
-    """Whether images are in class folders, with none of them loose beside these."""
-    entries = list(root.iterdir())
-    loose = any(entry.suffix.lower() in IMG_EXTENSIONS for entry in entries)
-    return any(entry.is_dir() for entry in entries) and not loose
+def by_first_folder(images):
+    """Group relative paths: {first folder: the paths below it}, with the loose images under ""."""
+    groups = {}
+    for path in images:
+        folder = path.parts[0] if len(path.parts) > 1 else ""
+        groups.setdefault(folder, []).append(path.relative_to(folder))
+    return groups
+
+
+def find_splits(root, images, left_out):
+    """Return (root, {split: (its folder's name, its images)}); images without a train/ are all
+    "train". A single folder that holds everything is entered. Counts in left_out the images beside
+    the splits."""
+    groups = by_first_folder(images)
+    while len(groups) == 1 and "" not in groups and "train" not in map(str.lower, groups):
+        (folder, images), = groups.items()
+        root, groups = root / folder, by_first_folder(images)
+    splits = {}
+    for folder in sorted(groups):
+        split = SPLITS.get(folder.lower())
+        if split:
+            require(split not in splits, f"--data {printable(root)}: more than one folder for the "
+                    f"split {split}, {folder} and another; rename or merge them", UserError)
+            splits[split] = (folder, groups[folder])
+    if "train" not in splits or (len(splits) == 1 and len(groups) > 1):
+        return root, {"train": ("", images)}  # a class may be called train
+    for folder in groups.keys() - {name for name, _ in splits.values()}:
+        left_out[f"{folder}/" if folder else "images beside the splits"] += len(groups[folder])
+    return root, splits
+
+
+def find_classes(images, left_out):
+    """Return {class: its images} by the first folder, or {"": all} if most of them lie loose."""
+    classes = by_first_folder(images)
+    loose = classes.pop("", [])
+    if 2 * len(loose) > len(images):
+        return {"": images}
+    if loose:
+        left_out["images beside the class folders"] += len(loose)
+    return classes
+
+
+def images_of(folder, classes):
+    """Return the Images of a folder's classes, {name: relative paths}, in ImageFolder's order."""
+    paths, targets = [], []
+    for label, name in enumerate(sorted(classes)):
+        for path in sorted(classes[name], key=lambda path: (str(path.parent), path.name)):
+            paths.append(str(folder / name / path))
+            targets.append(label)
+    return Images(paths, targets, sorted(classes))
 
 
 def load_folder(root):
-    """Read a folder in torchvision's ImageFolder layout, or with fewer folders than that.
+    """Read a folder of images by the rule in data/README.md.
 
-    root/train/<class>/*.jpg with root/test/ or root/val/ alike: trained on and evaluated.
-    Else trained on: the note says what evaluation lacks; class folders serve --held-out."""
-    root = Path(root)
-    require(root.is_dir(), f"--data {root}: no such folder; expected {', '.join(NAMES)}, or a "
-            "folder with train/ and test/, see data/README.md", UserError)
-    train = root / "train" if (root / "train").is_dir() else root
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    labelled = False
-    if train != root and test is not None:
-        labelled = has_class_folders(train) and has_class_folders(test)
-    try:
-        if labelled:
-            folders = [ImageFolder(train), ImageFolder(test)]
-        elif has_class_folders(train):
-            folders = [ImageFolder(train, allow_empty=True)]
-        else:
-            folders = [FlatFolder(train)]
-    except FileNotFoundError as error:  # torchvision's error for a folder without images
-        raise UserError(f"--data {root}: {str(error).splitlines()[0]}") from None
-    sets = []
-    for folder in folders:
-        paths = [path for path, _ in folder.samples]
-        sets.append(Images(paths, folder.targets, folder.classes))
-    if not labelled:
-        return Data(*sets, None, f"{root} has no train/ and test/ (or val/) with a folder for each "
-                    "class (layout: data/README.md; or, with class folders, --held-out)")
-    unpaired = sorted(set(sets[0].classes) ^ set(sets[1].classes))
-    require(not unpaired, f"--data {root}: train/ and {test.name}/ must have the same classes; "
-            f"only one of them has {', '.join(unpaired[:5])}", UserError)
-    return Data(*sets)
+    With train/ and test/ (or val/) that have class folders: trained on and evaluated. Else trained
+    on, and the note says what the evaluation lacks; class folders serve --held-out."""
+    require(root and Path(root).is_dir(), f"--data {printable(root) or '(empty)'}: no such folder; "
+            f"expected {', '.join(NAMES)}, or a folder of images, see data/README.md", UserError)
+    images, left_out = find_images(root)
+    require(images, f"--data {printable(root)}: found no valid file; expected images that end in "
+            f"{', '.join(IMG_EXTENSIONS)}, got {list_counts(left_out) or 'nothing'}", UserError)
+    root, splits = find_splits(Path(root), images, left_out)
+    classes = {}
+    for split, (folder, paths) in splits.items():
+        classes[split] = find_classes(paths, left_out)
+    labelled = [split for split in ("train", "test", "val") if "" not in classes.get(split, [""])]
+    used = ["train"]
+    if len(labelled) > 1 and labelled[0] == "train":
+        used.append(labelled[1])
+    sets = [images_of(root / splits[split][0], classes[split]) for split in used]
+    for split in splits.keys() - set(used):
+        folder, paths = splits[split]
+        left_out[f"{folder}/"] += len(paths)
+    found = f", in {printable(root)}"
+    if left_out:
+        found += f"; left out: {list_counts(left_out)}"
+    if len(used) == 1:
+        note = (f"{printable(root)} has no train/ and test/ (or val/) with a folder for each class "
+                "(layout: data/README.md; or, with class folders, --held-out)")
+        return Data(*sets, None, note, found)
+    unpaired = sorted(classes["train"].keys() ^ classes[used[1]].keys())
+    require(not unpaired, f"--data {printable(root)}: train/ and {splits[used[1]][0]}/ must have "
+            "the same classes; only one of them has "
+            f"{', '.join(map(printable, unpaired[:5]))}", UserError)
+    return Data(*sets, "", found)
+
+
+def list_counts(left_out):
+    """Return a Counter as text; what occurs once is named without a number."""
+    items = sorted(left_out.items())
+    return ", ".join(printable(name) + (f" ({n})" if n > 1 else "") for name, n in items)
+
+
+def check_headers(data):
+    """Open the header of every image file of a data set, so that a broken one is known before the
+    training. Raises UserError for the first, with the number of all."""
+    paths = [path for dataset in (data.train, data.test) for path in image_paths(dataset)]
+    begun, broken, deep = time.monotonic(), [], []
+    for path in paths:
+        try:
+            with warnings.catch_warnings(), Image.open(path) as image:
+                warnings.simplefilter("ignore")
+                if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                    deep.append(path)
+        except Exception as error:
+            broken.append(unreadable(path, error))
+    if broken:
+        others = f"; so are {len(broken) - 1} other files" if len(broken) > 1 else ""
+        raise UserError(f"{broken[0]}{others}")
+    if deep:
+        open_image(deep[0])  # its values are checked, and a line says if they are few
+    seconds = time.monotonic() - begun
+    if seconds > 5:
+        print(f"opened the headers of {len(paths)} images in {seconds:.0f} s, "
+              f"{len(paths) / seconds:.0f} per second")
+
+
+def image_paths(dataset):
+    """Return the files of a data set, [] for one that draws its images."""
+    if isinstance(dataset, Subset):
+        paths = image_paths(dataset.dataset)
+        return [paths[i] for i in dataset.indices] if paths else []
+    return getattr(dataset, "paths", [])
 
 
 # --- named data sets --------------------------------------------------------------------------
@@ -307,7 +496,7 @@ NAMES = ("synthetic", *NAMED)
 
 def data_name(text):
     """Return a data set's name, or a folder's absolute path, so that it is found from anywhere."""
-    return text if text in NAMES else str(Path(text).resolve())
+    return text if text in NAMES or not text else str(Path(text).resolve())
 
 
 def load_data(name, root="datasets", download=False, held_out=False):
@@ -315,6 +504,7 @@ def load_data(name, root="datasets", download=False, held_out=False):
 
     held_out: train on four fifths of every class's training images and test on the others; the
     real test images are not opened. For choosing settings. Raises UserError."""
+    SIXTEEN_BIT.update(greatest=0, said=False)
     if name == "synthetic":
         data = Data(Birds("train", 2000), Birds("test", 1000))
     elif name not in NAMED:
@@ -329,7 +519,7 @@ def load_data(name, root="datasets", download=False, held_out=False):
     if not held_out:
         return data
     require(len(set(data.train.targets)) > 1, f"--held-out needs classes: {data.note}", UserError)
-    return Data(*hold_out(data.train))
+    return Data(*hold_out(data.train), "", data.found)
 
 
 def shuffled_by_class(targets, seed=0):

@@ -84,7 +84,7 @@ def test_unreadable_images_raise_one_line_with_path(kind, flowers, elsewhere):
         with pytest.raises(UserError, match="is not a readable image") as caught:
             read()
         assert str(caught.value).startswith(str(bad)) and "\n" not in str(caught.value)
-    assert not list(Path("runs").iterdir())  # so that the same command works after mending
+    assert not list(Path().glob("runs/*"))  # so that the same command works after mending
 
 
 @pytest.mark.slow
