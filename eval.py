@@ -592,8 +592,9 @@ def load_subject(args, device):
 
 def read_data(args, config):
     """Load the data of the command line, or else of the run; it must have test images."""
-    require(args.data or config, "published weights: give the images by --data", UserError)
-    args.data = data_name(args.data) if args.data else config["data"]
+    require(config or args.data is not None, "published weights: give the images by --data",
+            UserError)
+    args.data = config["data"] if args.data is None else data_name(args.data)
     held_out = args.data == config.get("data") and config["held_out"]
     data = load_data(args.data, args.data_root or config.get("data_root", "datasets"),
                      held_out=held_out)

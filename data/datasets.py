@@ -52,16 +52,27 @@ TRANSPOSED = {  # EXIF orientation: what turns the image upright
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }
-SIXTEEN_BIT = {"greatest": 0, "said": False}  # of the data set that was loaded last
+SIXTEEN_BIT = {"greatest": 0, "said": False}  # value so far, of the data set loaded last
 
 
 def open_image(path):
-    """Return a file's RGB image, upright by its EXIF note, in 8 bits as by `eight_bits`.
+    """Return a file's RGB image, upright by its EXIF note, in 8 bits as by `eight_bits`. One line
+    is printed if no 16-bit image so far has a value above 4,095.
 
     Raises UserError, one line with the path, for a file that is broken or no image."""
+    image = decode(path)
+    in_main_process = get_worker_info() is None
+    if 0 < SIXTEEN_BIT["greatest"] <= 4095 and not SIXTEEN_BIT["said"] and in_main_process:
+        SIXTEEN_BIT["said"] = True
+        print(f"{printable(path)}: no 16-bit image so far has a value above 4,095, and 65,535 is "
+              "white; if these are 12-bit data, multiply them by 16, or they are nearly black")
+    return image
+
+
+def decode(path):
+    """As `open_image`, without the line."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # of odd notes and sizes, a line per image
+        with opened(path) as image:
             image.load()
             image = eight_bits(upright(image), path)
             if "transparency" in image.info:
@@ -71,6 +82,15 @@ def open_image(path):
         raise
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise unreadable(path, error) from None
+
+
+@contextmanager
+def opened(path):
+    """Open an image file without Pillow's warnings on odd notes and sizes, a line per image."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            yield image
 
 
 def unreadable(path, error):
@@ -96,31 +116,20 @@ def upright(image):
 
 def eight_bits(image, path):
     """Convert images of more bits: 16 are scaled from 65,535; float and 32-bit values must all lie
-    in [0, 1] or [0, 255]. Raises UserError for others. A line is printed if no 16-bit image so far
-    exceeds 4,095, as 12-bit data would be nearly black."""
+    in [0, 1] or [0, 255]. Raises UserError for others."""
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     if not is_16_bit and image.mode not in ("I", "F"):
         return image
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if is_16_bit:
-        note_depth(int(high), path)
+        SIXTEEN_BIT["greatest"] = max(SIXTEEN_BIT["greatest"], int(high))
         return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
     require(0 <= low <= high <= 255, f"{printable(path)} has values from {low:g} to {high:g}; of "
             "float and 32-bit images they must lie in [0, 1] or [0, 255]: convert it, by numpy: "
             "Image.fromarray(((a - a.min()) / np.ptp(a) * 255).astype('uint8'))", UserError)
     scale = 255 if high <= 1 else 1
     return Image.fromarray((values * scale).round().astype(np.uint8))
-
-
-def note_depth(greatest, path):
-    """Print one line if no 16-bit image so far has a value above 4,095."""
-    SIXTEEN_BIT["greatest"] = max(SIXTEEN_BIT["greatest"], greatest)
-    in_main_process = get_worker_info() is None
-    if SIXTEEN_BIT["greatest"] <= 4095 and not SIXTEEN_BIT["said"] and in_main_process:
-        SIXTEEN_BIT["said"] = True
-        print(f"{printable(path)}: no 16-bit image so far has a value above 4,095, and 65,535 is "
-              "white; if these are 12-bit data, multiply them by 16, or they are nearly black")
 
 
 class Cache:
@@ -366,8 +375,7 @@ def check_headers(data):
     begun, broken, deep = time.monotonic(), [], []
     for path in paths:
         try:
-            with warnings.catch_warnings(), Image.open(path) as image:
-                warnings.simplefilter("ignore")
+            with opened(path) as image:
                 if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                     deep.append(path)
         except Exception as error:
@@ -375,8 +383,10 @@ def check_headers(data):
     if broken:
         others = f"; so are {len(broken) - 1} other files" if len(broken) > 1 else ""
         raise UserError(f"{broken[0]}{others}")
+    for path in deep[:20]:  # of more bits: their values are checked
+        decode(path)
     if deep:
-        open_image(deep[0])  # its values are checked, and a line says if they are few
+        open_image(deep[0])  # a line says if all of them are dark
     seconds = time.monotonic() - begun
     if seconds > 5:
         print(f"opened the headers of {len(paths)} images in {seconds:.0f} s, "
