@@ -14,7 +14,7 @@ import copy
 import json
 import math
 import re
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from pathlib import Path, PurePath
 from typing import Callable, NamedTuple
 
@@ -539,8 +539,8 @@ CONFIG_NAMES = {  # ours: those in a config of Hugging Face, timm or this projec
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16, "I64": torch.int64}  # of safetensors
 HARMLESS = [  # types beside the tensors of published files: reading them runs no code
-    argparse.Namespace, defaultdict, int, float, list, dict, np.dtype,
-    *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
+    argparse.Namespace, (lambda *factory: {}, "collections.defaultdict"), int, float, list, dict,
+    np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
     *((np.float64(0).__reduce__()[0], f"numpy.{m}.multiarray.scalar") for m in ("core", "_core")),
     *((PurePath, f"pathlib.{local}{kind}Path") for local in ("", "_local.")
       for kind in ("Posix", "Windows", "PurePosix", "PureWindows")),
@@ -654,7 +654,6 @@ def load_encoder(path, use_momentum=False, image_size=None, heads=None, normalis
             require(tensor.is_floating_point(), f"{name} is of {tensor.dtype}, not floating point")
             state[ours] = tensor.float()
             require(state[ours].isfinite().all(), f"{name} has values that are not finite")
-        merge_tensors(state)
         dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
         depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
         side = math.isqrt(state["pos_embed"].shape[1])
@@ -670,20 +669,21 @@ def load_encoder(path, use_momentum=False, image_size=None, heads=None, normalis
         for name, value in expected.items():
             require(np.array_equal(stated.get(name, value), value),
                     f"it states {name} {stated.get(name)}, expected {value}")
-        require(not re.search("rope|quickgelu", stated.get("architecture", "")),
-                f"{stated.get('architecture')} has rotary positions or another activation")
+        unlike = re.findall(r"rope|quickgelu|mlp\.w12|mlp\.weights_in",
+                            f"{stated.get('architecture')} {list(state)}")
+        require(not unlike, f"{unlike[:1]}, so it has rotary positions, QuickGELU or SwiGLU")
+        merge_tensors(state)
         usual = {"heads": HEADS.get(dim), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "eps": 1e-6}
         taken = {**usual, **given, **stated}
         require(taken["heads"], f"the number of heads of width {dim} is unknown: give --heads")
         mean, std = (tuple(map(float, taken[name])) for name in ("mean", "std"))
         require(len(mean) == len(std) == 3, f"expected 3 means and stds, got {mean}, {std}")
-        image_size = image_size or patch_size * side
         registers = state["reg_token"].shape[1] if "reg_token" in state else 0
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
-            encoder = VisionTransformer(image_size, patch_size, dim, depth, taken["heads"],
-                                        registers=registers, eps=taken["eps"],
+            encoder = VisionTransformer(image_size or patch_size * side, patch_size, dim, depth,
+                                        taken["heads"], registers=registers, eps=taken["eps"],
                                         learned_positions=True, train_projection=True)
-        state["pos_embed"] = resize_positions(state["pos_embed"], image_size // patch_size)
+        state["pos_embed"] = resize_positions(state["pos_embed"], encoder.image_size // patch_size)
         encoder.load_state_dict(state)
     except (LookupError, ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]  # names missing, unexpected, misshapen tensors

@@ -3,10 +3,13 @@ checkpoints of older versions."""
 
 import argparse
 import csv
+import json
 import pickle
 import re
-from pathlib import Path
+from collections import defaultdict
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,8 +23,8 @@ import train
 from conftest import Killed, kill_after, same, weights
 from data.augment import Preprocessing
 from data.datasets import load_data
-from lodisc import (IMAGENET_MEAN, IMAGENET_STD, LoDisc, MoCoV3, UserError, VisionTransformer,
-                    load_encoder, resize_positions)
+from lodisc import (IMAGENET_MEAN, IMAGENET_STD, NORMALISATIONS, LoDisc, MoCoV3, UserError,
+                    VisionTransformer, load_encoder, patch_importance, resize_positions)
 
 PATCH, SIZE, WIDTH, DEPTH, HEADS = 16, 32, 192, 12, 3
 SMALL = ["--image-size", "16", "--batch-size", "12", "--epochs", "1", "--workers", "0",
@@ -154,8 +157,8 @@ def test_load_encoder_reads_published_formats(tmp_path, name):
     of_a_run = name == "LoDisc"
     stated = "stated" if of_a_run else "assumed"
     assert encoder.source == (
-        f"{path}: timm's names, {prefix}*, 12 layers of width 192, 3 heads ({stated}), 0 registers, "
-        f"2 x 2 positions, mean {encoder.mean}, std {encoder.std} ({stated}); left out: {left_out}")
+        f"{path}: timm's names, {prefix}*, 12 layers of width 192, 3 heads ({stated}), 0 "
+        f"registers, 2 x 2 positions, mean {encoder.mean}, std {encoder.std} ({stated}); left out: {left_out}")
     assert tuple(encoder.mean) == ((0.1, 0.2, 0.3) if of_a_run else IMAGENET_MEAN)
     assert tuple(encoder.std) == ((0.4, 0.5, 0.6) if of_a_run else IMAGENET_STD)
     assert bool(encoder.config) == of_a_run
@@ -251,6 +254,306 @@ def test_dinov2_features_equal_explicit_layer_scale(tmp_path, dtype, image_size)
     assert load_encoder(tmp_path / "vits14.pth").image_size == 518
 
 
+# --- registers, and other names ---------------------------------------------------------------
+
+
+@torch.no_grad()
+def registers_forward(state, images, patch, heads, registers):
+    """Compute a ViT with registers by timm's tensors -> (class token, patch tokens, registers, and
+    attention of all layers, (B, heads, T, T)): a forward of its own, by matrix products."""
+    x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"],
+                 stride=patch).flatten(2).transpose(1, 2)
+    batch, n, dim = x.shape
+    positions = state["pos_embed"][0]
+    if len(positions) == n:  # none of the class token
+        positions = torch.cat([torch.zeros(1, dim), positions])
+    first = (state["cls_token"][0] + positions[:1]).expand(batch, 1, dim)
+    x = torch.cat([first, state["reg_token"].expand(batch, registers, dim), x + positions[1:]], 1)
+    attentions = []
+
+    def linear(x, name):
+        return x @ state[name + ".weight"].T + state[name + ".bias"]
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+        return x * state[name + ".weight"] + state[name + ".bias"]
+
+    for i in range(len([name for name in state if name.endswith("norm1.bias")])):
+        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").chunk(3, dim=-1)
+        q, k, v = (part.view(batch, -1, heads, dim // heads).transpose(1, 2) for part in (q, k, v))
+        attention = (q @ k.mT / (dim // heads) ** 0.5).softmax(-1)
+        attentions.append(attention)
+        x = x + linear((attention @ v).transpose(1, 2).reshape(x.shape), f"blocks.{i}.attn.proj")
+        inner = F.gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
+        x = x + linear(inner, f"blocks.{i}.mlp.fc2")
+    x = norm(x, "norm")
+    return x[:, 0], x[:, 1 + registers:], x[:, 1:1 + registers], attentions
+
+
+@pytest.fixture(params=[(4, "reg_token", False), (1, "register_tokens", True)])
+def with_registers(request, tmp_path):
+    """Return (an encoder with registers from a file of timm's or DINOv2's names, its tensors)."""
+    registers, name, has_class_position = request.param
+    encoder = VisionTransformer(SIZE, 8, 192, 3, 3, registers=registers)
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    nn.init.normal_(encoder.reg_token, std=5.0)  # they draw attention
+    state = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
+    if not has_class_position:
+        state["pos_embed"] = state["pos_embed"][:, 1:].clone()
+    file = {(name if key == "reg_token" else key): tensor for key, tensor in state.items()}
+    torch.save(file, tmp_path / "registers.pth")
+    return load_encoder(tmp_path / "registers.pth"), state, registers
+
+
+def test_registers_never_count(with_registers):
+    """Features, attention, importance, mask, patch mean and part segmentation's patches equal those
+    of a forward in this file."""
+    encoder, state, registers = with_registers
+    images = torch.randn(2, 3, SIZE, SIZE)
+    feature, patches, register_tokens, attentions = registers_forward(state, images, 8, 3,
+                                                                      registers)
+    assert encoder.sizes["registers"] == registers and f", {registers} registers," in encoder.source
+    with torch.no_grad():
+        assert torch.allclose(encoder(images), feature, atol=1e-4)
+        assert torch.allclose(encoder.tokens(images)[1], patches, atol=1e-4)
+        for kind, expected in (("mean", patches.mean(1)), ("patches", patches)):
+            assert torch.allclose(evaluation.encode(encoder, images, kind), expected, atol=1e-4)
+        means = [attention.mean(1) for attention in attentions]  # (B, T, T)
+        _, rows = encoder.with_attention(images, "row")
+        _, matrices = encoder.with_attention(images, "matrix")
+        for mean, row, matrix in zip(means, rows, matrices):
+            assert torch.allclose(row, mean[:, 0, 1 + registers:], atol=1e-5)
+            assert torch.allclose(matrix, mean, atol=1e-5) and row.shape == (2, 16)
+        rollout = torch.eye(17 + registers)
+        for mean in means:
+            rollout = (mean + torch.eye(17 + registers)) / 2 @ rollout
+        product = torch.stack([mean[:, 0].log() for mean in means]).sum(0)
+        expected = {"product": product, "last": means[-1][:, 0], "rollout": rollout[:, 0]}
+        for name, importance in expected.items():
+            features, measured = patch_importance(encoder, images, name)
+            assert measured.shape == (2, 16) and torch.allclose(features, feature, atol=1e-4)
+            assert torch.allclose(measured, importance[:, 1 + registers:], atol=1e-4)
+        model = LoDisc(encoder, hidden_dim=8, output_dim=8)
+        _, mask = model.key_and_mask(images)
+        kept = product[:, 1 + registers:].topk(4).indices
+        assert mask.shape == (2, 16) and mask.sum() == 8 and mask.gather(1, kept).all()
+        assert torch.equal(model.pivotal_patches(images), mask)
+    assert not torch.allclose(register_tokens.mean(1), patches.mean(1), atol=0.1)  # they differ
+
+
+def test_registers_stay_when_patches_are_dropped(with_registers):
+    encoder, state, registers = with_registers
+    images, keep = torch.randn(2, 3, SIZE, SIZE), torch.tensor([[1, 5, 6], [0, 2, 15]])
+    seen = []
+    encoder.norm.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    assert encoder.tokens(images, keep)[1].shape == (2, 3, 192)
+    assert seen == [(2, 1 + registers + 3, 192)]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_registers_are_trained_stored_and_resumed(with_registers, flowers, tmp_path, capsys):
+    encoder, _, registers = with_registers
+    train.main(["--data", str(flowers / "train"), "--init", str(tmp_path / "registers.pth"),
+                *SMALL, "--encoder-lr", "0.01", "--out", "run"])
+    trained = load_encoder("run")
+    assert trained.sizes == encoder.sizes and trained.sizes["registers"] == registers
+    assert not torch.equal(trained.reg_token, encoder.reg_token)
+    train.main(["--resume", "run"])
+    model = evaluation.build_model(torch.load("run/checkpoint.pt", weights_only=True)["config"],
+                                   fresh=False)
+    assert model.encoder.reg_token.shape == (1, registers, 192)
+    run_eval("export", "run")
+    assert f"reg_tokens={registers}, no_embed_class=True" in capsys.readouterr().out
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(load_encoder("run/encoder.pth")(images), trained(images))
+
+
+HUB = {  # timm's names: those in files of the Hub, those that version 5's state_dict() gives
+    "cls_token": ("embeddings.cls_token",) * 2,
+    "pos_embed": ("embeddings.position_embeddings",) * 2,
+    "reg_token": ("embeddings.register_tokens",) * 2,
+    "patch_embed.proj.": ("embeddings.patch_embeddings.projection.",) * 2,
+    "blocks.(\\d+).norm1.": (r"encoder.layer.\1.layernorm_before.", r"layers.\1.layernorm_before."),
+    "blocks.(\\d+).norm2.": (r"encoder.layer.\1.layernorm_after.", r"layers.\1.layernorm_after."),
+    "blocks.(\\d+).attn.proj.": (r"encoder.layer.\1.attention.output.dense.",
+                                r"layers.\1.attention.o_proj."),
+    "blocks.(\\d+).mlp.fc1.": (r"encoder.layer.\1.intermediate.dense.", r"layers.\1.mlp.fc1."),
+    "blocks.(\\d+).mlp.fc2.": (r"encoder.layer.\1.output.dense.", r"layers.\1.mlp.fc2."),
+    "norm.": ("layernorm.",) * 2,
+}
+QKV = (tuple(rf"encoder.layer.\1.attention.attention.{part}." for part in ("query", "key", "value")),
+       tuple(rf"layers.\1.attention.{part}_proj." for part in "qkv"))
+
+
+@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("prefix", ["", "vit.", "model.vit."])
+def test_names_of_hugging_face(tmp_path, version, prefix):
+    """Stand-ins by the names in their files; test_originals.py has the library's own."""
+    base, file = new_encoder(depth=2), {f"{prefix}classifier.weight": torch.zeros(3)}
+    for name, tensor in base.state_dict().items():
+        match = re.fullmatch(r"blocks.(\d+).attn.qkv.(.*)", name)
+        if match:
+            for part, theirs in zip(tensor.chunk(3), QKV[version]):
+                file[prefix + match.expand(theirs) + match[2]] = part.clone()
+            continue
+        for pattern, theirs in HUB.items():
+            if re.match(pattern, name):
+                file[prefix + re.sub("^" + pattern, theirs[version], name)] = tensor
+                break
+    assert len(file) == 1 + len(base.state_dict()) + 2 * 4
+    torch.save(file, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 6, "layer_norm_eps": 1e-12}')
+    encoder, images = load_encoder(tmp_path), torch.randn(2, 3, SIZE, SIZE)
+    for block in base.blocks:
+        block.attn.heads = 6
+    for module in base.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-12
+    assert torch.equal(encoder(images), base(images)) and encoder.norm.eps == 1e-12
+    assert encoder.source.endswith("left out: classifier")
+
+
+WRAPPERS = {  # name: function of a state dict -> file's contents
+    "model_state_dict": lambda s: {"model_state_dict": s, "epoch": 3},
+    "net": lambda s: {"net": s}, "encoder alone": lambda s: {"encoder": s},
+    "deeper": lambda s: {"a": {"b": {"c": s}}, "epoch": 3},
+    "teacher alone": lambda s: {"teacher": {
+        **{f"backbone.{name}": tensor for name, tensor in s.items()},
+        "dino_head.mlp.0.weight": torch.zeros(3)}},
+    "backbone": lambda s: {f"backbone.{name}": tensor for name, tensor in s.items()},
+    "Lightning": lambda s: {"state_dict": {**{f"model.{name}": t for name, t in s.items()},
+                                           "criterion.weight": torch.zeros(3)},
+                            "pytorch-lightning_version": "2.4.0", "hyper_parameters": {"lr": 0.1}},
+    "compiled": lambda s: {f"_orig_mod.{name}": tensor for name, tensor in s.items()},
+    "compiled blocks": lambda s: {re.sub(r"^(blocks\.\d+\.)", r"\1_orig_mod.", name): tensor
+                                  for name, tensor in s.items()},
+    "FSDP": lambda s: {re.sub(r"^(blocks\.\d+\.)", r"\1_fsdp_wrapped_module.", name): tensor
+                       for name, tensor in s.items()},
+    "parallel": lambda s: {f"module.encoder.{name}": tensor for name, tensor in s.items()},
+    "chunks": lambda s: {re.sub(r"^blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}.",
+                                name): tensor for name, tensor in s.items()},
+    "MAE": lambda s: {"model": s | zeros(["mask_token", "decoder_pos_embed", "decoder_embed.weight",
+                                          "decoder_blocks.0.norm1.weight", "decoder_norm.bias",
+                                          "decoder_pred.weight"])},
+    "iBOT": lambda s: {"state_dict": s | zeros(["masked_embed", "head.mlp.0.weight"])},
+    "EMA first": lambda s: {"model_ema": {name: torch.ones_like(tensor) for name, tensor in
+                                          s.items()}, "model": s},
+    "DeiT III": lambda s: {"model": {
+        **{name: tensor for name, tensor in s.items() if name != "pos_embed"},
+        "cls_token": s["cls_token"] + s["pos_embed"][:, :1], "pos_embed": s["pos_embed"][:, 1:],
+        **{f"blocks.{i}.gamma_{j}": torch.ones(WIDTH) for i in range(4) for j in (1, 2)}}},
+    "parameters": lambda s: {name: nn.Parameter(tensor) for name, tensor in s.items()},
+    "double precision": lambda s: {name: tensor.double() for name, tensor in s.items()},
+    "numbers of numpy": lambda s: {"model": s, "loss": np.float64(0.3), "step": np.int64(3),
+                                   "best": np.float32(1), "done": np.bool_(True)},
+    "paths": lambda s: {"model": s, "out": Path("runs/x"), "pure": PurePosixPath("a"),
+                        "windows": PureWindowsPath("a")},
+    "defaultdict": lambda s: {"model": s, "meters": defaultdict(list, {"loss": [1.0]}),
+                              "counts": defaultdict(int, {"a": 1}), "nested": defaultdict(dict)},
+    "namespace": lambda s: {"model": s, "args": argparse.Namespace(out=Path("x"),
+                                                                   lr=np.float64(1))},
+    "keys that are no text": lambda s: {"model": s, 3: {0: torch.zeros(2)}, None: 4},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_any_wrapper_and_prefix_is_read(tmp_path, name):
+    base = new_encoder(depth=4)
+    torch.save(WRAPPERS[name](backbone(base)), tmp_path / "file.pth")
+    encoder, images = load_encoder(tmp_path / "file.pth"), torch.randn(2, 3, SIZE, SIZE)
+    assert (encoder(images) - base(images)).abs().max() < 1e-5
+    left_out = {"MAE": "mask_token, decoder_pos_embed, decoder_embed, decoder_blocks, "
+                "decoder_norm, decoder_pred", "iBOT": "masked_embed, head"}.get(name, "nothing")
+    assert encoder.source.endswith(f"left out: {left_out}")
+
+
+def test_files_of_numpy_1_and_of_windows_are_read(tmp_path):
+    """Names under which older and other systems store numbers and paths."""
+    contents = {"model": backbone(new_encoder(depth=1)), "loss": np.float64(0.3), "out": Path("a")}
+    torch.save(contents, tmp_path / "file.pth", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "file.pth").read_bytes()
+    kind = type(Path()).__name__.encode()
+    module = type(Path()).__module__.encode()
+    for numpy_module, path_name in ((b"numpy.core.multiarray", b"pathlib\nWindowsPath"),
+                                    (b"numpy._core.multiarray", b"pathlib._local\nPosixPath")):
+        changed = data.replace(b"cnumpy._core.multiarray", b"c" + numpy_module)
+        changed = changed.replace(b"c" + module + b"\n" + kind, b"c" + path_name)
+        (tmp_path / "changed.pth").write_bytes(changed)
+        assert load_encoder(tmp_path / "changed.pth").dim == WIDTH
+
+
+# --- safetensors ------------------------------------------------------------------------------
+
+KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+         torch.int64: "I64"}
+
+
+def safetensors(tensors):
+    """Return the bytes of a safetensors file, by the format's description."""
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        data = bytes(tensor.flatten().view(torch.uint8).tolist())
+        header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + body
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_safetensors_are_read(tmp_path, dtype):
+    base = VisionTransformer(16, 8, 192, 1, 3)
+    state = {name: tensor.to(dtype) for name, tensor in base.state_dict().items()}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors({**state, "head.num_batches_tracked": torch.tensor(3)}))
+    for place in (path, tmp_path):
+        loaded = load_encoder(place)
+        assert same(loaded.state_dict(), {name: t.float() for name, t in state.items()})
+    assert loaded.source.endswith("left out: head")
+
+
+def spoil_header(change):
+    """Return a change of a safetensors file's header."""
+    def spoil(data):
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:8 + length])
+        change(header)
+        header = json.dumps(header).encode()
+        return len(header).to_bytes(8, "little") + header + data[8 + length:]
+    return spoil
+
+
+SPOILT = {
+    "empty": lambda data: b"", "text": lambda data: b"not a file of safetensors",
+    "half": lambda data: data[:len(data) // 2], "no tensors": lambda data: data[:200],
+    "a huge header": lambda data: b"\xff" * 8 + data[8:],
+    "a header of another length": lambda data: (5).to_bytes(8, "little") + data[8:],
+    "a list": lambda data: (2).to_bytes(8, "little") + b"[]",
+    "deep JSON": lambda data: (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    "an offset after the end": spoil_header(
+        lambda header: header["cls_token"].update(data_offsets=[0, 10**12])),
+    "an offset before the body": spoil_header(
+        lambda header: header["cls_token"].update(data_offsets=[-768, 0])),
+    "another shape": spoil_header(lambda header: header["cls_token"].update(shape=[1, 1, 191])),
+    "a negative shape": spoil_header(lambda header: header["cls_token"].update(shape=[-1, -192])),
+    "no shape": spoil_header(lambda header: header["cls_token"].pop("shape")),
+    "another type": spoil_header(lambda header: header["cls_token"].update(dtype="F8_E4M3")),
+    "a number as an entry": spoil_header(lambda header: header.update(cls_token=3)),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_damaged_safetensors_are_one_line(tmp_path, name):
+    state = VisionTransformer(16, 8, 192, 1, 3).state_dict()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(SPOILT[name](safetensors(state)))
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read; expected") as error:
+        load_encoder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 # --- tensors that do not fit, and invalid files -----------------------------------------------
 
 
@@ -280,6 +583,29 @@ MISFITS = {  # name: (change of a timm state dict, match)
     "a gated MLP": (lambda s: {n: t for n, t in s.items() if ".fc2." not in n}
                     | {"blocks.0.ls2.gamma": torch.ones(WIDTH)}, r"blocks\.0\.mlp\.fc2\.weight"),
     "flat positions": (lambda s: s | {"pos_embed": torch.zeros(5)}, "does not fit the encoder"),
+    "whole numbers": (lambda s: s | {"norm.weight": torch.ones(WIDTH, dtype=torch.int8)},
+                      r"norm\.weight is of torch\.int8, not floating point"),
+    "not a number": (lambda s: s | {"norm.bias": torch.full((WIDTH,), float("nan"))},
+                     r"norm\.bias has values that are not finite"),
+    "infinity": (lambda s: s | {"cls_token": torch.full((1, 1, WIDTH), float("inf"))},
+                 "cls_token has values that are not finite"),
+    "complex numbers": (lambda s: s | {"norm.bias": torch.zeros(WIDTH, dtype=torch.complex64)},
+                        r"torch\.complex64, not floating point"),
+    "a key that is no text": (lambda s: s | {7: torch.zeros(3)}, '[Uu]nexpected.*"7"'),
+    "another project's heads": (lambda s: {"model": s, "config": {"heads": "auto"}},
+                                "does not fit the encoder"),
+    "another project's sizes": (lambda s: {"model": s, "config": {"hidden_size": 768}},
+                                "states width 768, expected 192"),
+    "another project's mean": (lambda s: {"model": s, "config": {"mean": "imagenet", "std": 1}},
+                               "does not fit the encoder"),
+    "a mean of one channel": (lambda s: {"model": s, "config": {"mean": [0.5], "std": [0.5]}},
+                              "expected 3 means and stds"),
+    "SwiGLU": (lambda s: s | zeros(["blocks.0.mlp.w12.weight", "blocks.0.mlp.w3.weight"]),
+               r"mlp\.w12.*SwiGLU"),
+    "rotary positions": (lambda s: s | zeros(["rope_embed.periods"]), "rope.*rotary positions"),
+    "no class token": (lambda s: {"model": {"a": {"b.weight": s["norm.weight"]}}, "epoch": 3},
+                       r"no tensor's name ends in cls_token; its keys: .'model', 'epoch'., its "
+                       r"tensors: .'model\.a\.b\.weight'."),
 }
 
 
@@ -374,6 +700,63 @@ def test_no_code_in_a_file_is_executed():
     with pytest.raises(UserError):
         load_encoder("bare.pth")
     assert not Path("ran").exists()
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_pickled_model_is_told_to_save_its_state_dict():
+    torch.save(new_encoder(depth=1), "model.pth")
+    torch.save({"model": nn.Linear(3, 3)}, "linear.pth")
+    for name, found in (("model.pth", r"lodisc\.Vision"), ("linear.pth", r"torch\.nn\.")):
+        with pytest.raises(UserError, match=rf"contains {found}.*torch\.save\(model\.state_dict"):
+            load_encoder(name)
+
+
+def test_config_that_contradicts_the_grid_is_an_error(tmp_path):
+    """Positions of 16 x 9 patches look like those of 12 x 12."""
+    state = backbone(new_encoder(12 * PATCH, depth=1))
+    torch.save(state, tmp_path / "file.pth")
+    assert "12 x 12 positions" in load_encoder(tmp_path / "file.pth").source
+    (tmp_path / "config.json").write_text('{"image_size": [256, 144]}')
+    with pytest.raises(UserError, match="states image size 256, expected 192"):
+        load_encoder(tmp_path / "file.pth")
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": {"input_size": [3, 192, 192]}}')
+    load_encoder(tmp_path / "file.pth")
+    (tmp_path / "config.json").write_text("{half")
+    with pytest.raises(UserError, match="does not fit the encoder") as error:
+        load_encoder(tmp_path / "file.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_normalisation_is_stated_given_or_assumed(tmp_path):
+    path = tmp_path / "file.pth"
+    torch.save(backbone(new_encoder(depth=1)), path)
+    for normalise, origin in ((None, "assumed"), ("half", "given"), ("clip", "given")):
+        encoder = load_encoder(path, normalise=normalise)
+        assert (encoder.mean, encoder.std) == NORMALISATIONS[normalise or "imagenet"]
+        assert f"mean {encoder.mean}, std {encoder.std} ({origin})" in encoder.source
+    assert NORMALISATIONS["half"] == ((0.5, 0.5, 0.5),) * 2
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    encoder = load_encoder(path)
+    assert encoder.mean == (0.5, 0.5, 0.5) and "(stated); left out" in encoder.source
+    assert load_encoder(path, normalise="half").mean == (0.5, 0.5, 0.5)
+    with pytest.raises(UserError, match="states mean .*expected .0.485"):
+        load_encoder(path, normalise="imagenet")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_normalisation_is_kept_in_runs_and_exports(flowers, capsys):
+    torch.save(backbone(new_encoder(depth=1)), "file.pth")
+    train.main(["--data", str(flowers / "train"), "--init", "file.pth", "--normalise", "half",
+                *SMALL, "--out", "run"])
+    assert "std (0.5, 0.5, 0.5) (given)" in capsys.readouterr().out
+    run_eval("export", "run")
+    run_eval("export", "file.pth", "--normalise", "half", "--image-size", "32")
+    for path in ("run", "run/encoder.pth", "encoder.pth"):
+        assert load_encoder(path).mean == load_encoder(path).std == (0.5, 0.5, 0.5)
+    run_eval("masks", "file.pth", next((flowers / "test").rglob("*.jpg")), "--normalise", "clip",
+             "--image-size", "32", "--heads", "3")
+    assert "mean (0.48145466," in capsys.readouterr().out
 
 
 # --- positions --------------------------------------------------------------------------------
