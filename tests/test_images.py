@@ -268,7 +268,7 @@ def test_photo_with_any_other_tag_is_turned_upright(tmp_path, order):
     image = Image.new("RGB", (32, 16), RED)
     image.paste((0, 0, 255), (0, 0, 8, 8))
     orientation, rewritten = (3, struct.pack(order + "HH", 6, 0)), 0
-    tags = [tag for tag in sorted(ExifTags.TAGS) if tag != 0x0112][::7]
+    tags = [tag for tag in sorted(ExifTags.TAGS) if tag != 0x0112][::15]
     for tag in tags:
         for kind in range(1, 13):
             value = (kind, bytes([1, 2, 0, 0, 3, 0, 0, 0])[:BYTES.get(kind, 4)])

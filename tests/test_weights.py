@@ -26,9 +26,10 @@ from data.datasets import load_data
 from lodisc import (IMAGENET_MEAN, IMAGENET_STD, NORMALISATIONS, LoDisc, MoCoV3, UserError,
                     VisionTransformer, load_encoder, patch_importance, resize_positions)
 
-PATCH, SIZE, WIDTH, DEPTH, HEADS = 16, 32, 192, 12, 3
+PATCH, SIZE, WIDTH, DEPTH, HEADS = 16, 32, 192, 3, 3
 SMALL = ["--image-size", "16", "--batch-size", "12", "--epochs", "1", "--workers", "0",
          "--device", "cpu"]
+NARROW = ["--hidden-dim", "32", "--output-dim", "16"]
 NANO = ["--arch", "vit_nano", "--patch-size", "8", "--warmup-epochs", "0", *SMALL]
 
 
@@ -157,8 +158,9 @@ def test_load_encoder_reads_published_formats(tmp_path, name):
     of_a_run = name == "LoDisc"
     stated = "stated" if of_a_run else "assumed"
     assert encoder.source == (
-        f"{path}: timm's names, {prefix}*, 12 layers of width 192, 3 heads ({stated}), 0 "
-        f"registers, 2 x 2 positions, mean {encoder.mean}, std {encoder.std} ({stated}); left out: {left_out}")
+        f"{path}: timm's names, {prefix}*, {DEPTH} layers of width 192, 3 heads ({stated}), 0 "
+        f"registers, 2 x 2 positions, mean {encoder.mean}, std {encoder.std} ({stated}); left out: "
+        f"{left_out}")
     assert tuple(encoder.mean) == ((0.1, 0.2, 0.3) if of_a_run else IMAGENET_MEAN)
     assert tuple(encoder.std) == ((0.4, 0.5, 0.6) if of_a_run else IMAGENET_STD)
     assert bool(encoder.config) == of_a_run
@@ -174,7 +176,7 @@ def test_load_encoder_reads_published_formats(tmp_path, name):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_torchvision_features_are_equal(tmp_path, wrapped):
-    theirs = TorchvisionViT(SIZE, PATCH, num_layers=DEPTH, num_heads=HEADS, hidden_dim=WIDTH,
+    theirs = TorchvisionViT(SIZE, PATCH, num_layers=11, num_heads=HEADS, hidden_dim=WIDTH,
                             mlp_dim=4 * WIDTH)
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.05)
@@ -189,7 +191,7 @@ def test_torchvision_features_are_equal(tmp_path, wrapped):
     images = torch.randn(2, 3, SIZE, SIZE)
     assert (encoder(images) - theirs.eval()(images)).abs().max() < 1e-5
     place = "model.module." if wrapped else ""
-    assert f": torchvision's names, {place}*, {DEPTH} layers of width {WIDTH}, " in encoder.source
+    assert f": torchvision's names, {place}*, 11 layers of width {WIDTH}, " in encoder.source
     assert encoder.source.endswith("; left out: heads")
 
 
@@ -355,7 +357,7 @@ def test_registers_stay_when_patches_are_dropped(with_registers):
 def test_registers_are_trained_stored_and_resumed(with_registers, flowers, tmp_path, capsys):
     encoder, _, registers = with_registers
     train.main(["--data", str(flowers / "train"), "--init", str(tmp_path / "registers.pth"),
-                *SMALL, "--encoder-lr", "0.01", "--out", "run"])
+                *SMALL, *NARROW, "--encoder-lr", "0.01", "--out", "run"])
     trained = load_encoder("run")
     assert trained.sizes == encoder.sizes and trained.sizes["registers"] == registers
     assert not torch.equal(trained.reg_token, encoder.reg_token)
@@ -382,7 +384,7 @@ HUB = {  # timm's names: those in files of the Hub, those that version 5's state
     "blocks.(\\d+).mlp.fc2.": (r"encoder.layer.\1.output.dense.", r"layers.\1.mlp.fc2."),
     "norm.": ("layernorm.",) * 2,
 }
-QKV = (tuple(rf"encoder.layer.\1.attention.attention.{part}." for part in ("query", "key", "value")),
+QKV = (tuple(rf"encoder.layer.\1.attention.attention.{x}." for x in ("query", "key", "value")),
        tuple(rf"layers.\1.attention.{part}_proj." for part in "qkv"))
 
 
@@ -660,7 +662,7 @@ def test_number_of_heads(tmp_path):
 @pytest.mark.parametrize("width, heads", [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)])
 def test_heads_of_published_widths(tmp_path, width, heads):
     """A ViT-H has heads of 80, so width / 64 is not their number."""
-    encoder = new_encoder(16, 16, width, 1, heads)
+    encoder = VisionTransformer(16, 16, width, 1, heads)
     torch.save(backbone(encoder), tmp_path / "file.pth")
     loaded = load_encoder(tmp_path / "file.pth")
     assert loaded.blocks[0].attn.heads == heads and f", {heads} heads (assumed)" in loaded.source
@@ -748,7 +750,7 @@ def test_normalisation_is_stated_given_or_assumed(tmp_path):
 def test_normalisation_is_kept_in_runs_and_exports(flowers, capsys):
     torch.save(backbone(new_encoder(depth=1)), "file.pth")
     train.main(["--data", str(flowers / "train"), "--init", "file.pth", "--normalise", "half",
-                *SMALL, "--out", "run"])
+                *SMALL, *NARROW, "--out", "run"])
     assert "std (0.5, 0.5, 0.5) (given)" in capsys.readouterr().out
     run_eval("export", "run")
     run_eval("export", "file.pth", "--normalise", "half", "--image-size", "32")
