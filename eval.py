@@ -583,8 +583,8 @@ def load_subject(args, device):
         require(args.method.split(":")[-1] == config["method"].split(":")[-1], f"--method "
                 f"{args.method}: the run's is {config['method']}", UserError)
         config["method"] = args.method
-    require(not (config and args.image_size), "--image-size is for published weights", UserError)
-    if not (encoder.config or args.image_size):
+    require(not config or args.image_size is None, "--image-size is for published weights", UserError)
+    if not encoder.config and args.image_size is None:
         encoder = load(recipe_image_size(encoder.patch_size, device))
     print(f"{encoder.source}; at {encoder.image_size} px")
     return encoder, config

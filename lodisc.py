@@ -125,12 +125,11 @@ def sincos_positions(side: int, dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), patches])[None]  # (1, 1+N, dim)
 
 class VisionTransformer(nn.Module):
-    """ViT encoder; its feature is the class token after the last LayerNorm.
-    Parameters have timm's names. Images have image_size pixels per side and are normalised by
-    `mean` and `std`. As in MoCo v3 (section 4, against training instability), positions are fixed
-    and the patch projection keeps its random values, unless learned_positions and train_projection
-    say otherwise. registers: extra tokens after the class token, without position, of published
-    weights (arXiv 2309.16588); eps: LayerNorm's. Raises ValueError for sizes that do not fit."""
+    """ViT encoder; its feature is the class token after the last LayerNorm. Parameters have timm's
+    names. Images have image_size pixels per side, normalised by `mean` and `std`. As in MoCo v3
+    (section 4, against training instability), positions are fixed and the patch projection keeps
+    its random values, unless learned_positions and train_projection say otherwise. registers: extra
+    tokens after the class token, without position; eps: LayerNorm's. ValueError for bad sizes."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, *, registers=0, eps=1e-6,
                  learned_positions=False, train_projection=False):
@@ -333,9 +332,8 @@ def predictor(dim: int, hidden_dim: int) -> nn.Sequential:
 
 @torch.no_grad()
 def momentum_update(online: nn.Module, momentum: nn.Module, m: float) -> None:
-    """Exponential moving average, in place: momentum <- m * momentum + (1 - m) * online. Of
-    parameters alone, which both modules have alike, not of BatchNorm's running statistics. By
-    Tensor.lerp_, so that equal weights stay equal to the last bit."""
+    """Exponential moving average, in place: momentum <- m * momentum + (1 - m) * online. Not of
+    BatchNorm's running statistics. By lerp_, so that equal weights stay equal to the last bit."""
     for old, new in zip(momentum.parameters(), online.parameters(), strict=True):
         old.lerp_(new, 1 - m)
 
@@ -577,8 +575,7 @@ def read_safetensors(data: bytes) -> dict[str, Tensor]:
     return tensors
 
 def read_config(path, config):
-    """Return {name in CONFIG_NAMES: value} of a file's own config, and unless it is complete, of
-    config.json and preprocessor_config.json beside the file."""
+    """Return {name in CONFIG_NAMES: value} of a file's config; without heads, of those beside it."""
     folder = path if path.is_dir() else path.parent
     for name in () if "heads" in config else ("config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
@@ -594,7 +591,7 @@ def read_config(path, config):
 def named_tensors(contents, place=""):
     """Yield (dotted name, tensor) of all tensors in nested dicts."""
     for name, value in contents.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and place.count(".") < 50:  # it may contain itself
             yield from named_tensors(value, f"{place}{name}.")
         elif isinstance(value, Tensor):
             yield f"{place}{name}", value
@@ -625,7 +622,6 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
 
 def load_encoder(path, use_momentum=False, image_size=None, heads=None, normalise=None):
     """Build the encoder of a checkpoint or of published weights by its tensors, in eval mode.
-
     path: as in `read_weights`; of two encoders, the online one, or with use_momentum the momentum
     (or teacher's, or EMA) one. image_size: in pixels, by default the file's; positions are resized.
     heads, normalise (in NORMALISATIONS): where neither the file nor a config beside it states them.
@@ -654,13 +650,14 @@ def load_encoder(path, use_momentum=False, image_size=None, heads=None, normalis
             require(tensor.is_floating_point(), f"{name} is of {tensor.dtype}, not floating point")
             state[ours] = tensor.float()
             require(state[ours].isfinite().all(), f"{name} has values that are not finite")
+        missing = {"patch_embed.proj.weight", "pos_embed"} - state.keys()
+        require(not missing, f"it lacks {', '.join(sorted(missing))}")
         dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
         depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
         side = math.isqrt(state["pos_embed"].shape[1])
         stated = read_config(path, config)
-        is_moco = contents.get("arch") == "vit_small" or "base_encoder." in " ".join(formats)
-        if is_moco and dim == 384:  # MoCo v3's own ViT-S
-            stated.setdefault("heads", 12)
+        if dim == 384 and (contents.get("arch") == "vit_small" or "base_encoder." in online[0]):
+            stated.setdefault("heads", 12)  # MoCo v3's own ViT-S
         given = {} if heads is None else {"heads": heads}
         if normalise:
             given["mean"], given["std"] = NORMALISATIONS[normalise]
@@ -675,14 +672,17 @@ def load_encoder(path, use_momentum=False, image_size=None, heads=None, normalis
         merge_tensors(state)
         usual = {"heads": HEADS.get(dim), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "eps": 1e-6}
         taken = {**usual, **given, **stated}
-        require(taken["heads"], f"the number of heads of width {dim} is unknown: give --heads")
+        require(isinstance(taken["heads"], int), f"the number of heads of width {dim} is unknown: "
+                f"give --heads (stated: {stated.get('heads')!r})")
         mean, std = (tuple(map(float, taken[name])) for name in ("mean", "std"))
-        require(len(mean) == len(std) == 3, f"expected 3 means and stds, got {mean}, {std}")
+        require(len(mean) == len(std) == 3 and min(std) > 0 and math.isfinite(sum(mean + std)),
+                f"expected 3 means and positive stds, got {mean}, {std}")
         registers = state["reg_token"].shape[1] if "reg_token" in state else 0
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
-            encoder = VisionTransformer(image_size or patch_size * side, patch_size, dim, depth,
-                                        taken["heads"], registers=registers, eps=taken["eps"],
-                                        learned_positions=True, train_projection=True)
+            encoder = VisionTransformer(
+                patch_size * side if image_size is None else image_size, patch_size, dim, depth,
+                taken["heads"], registers=registers, eps=float(taken["eps"]),
+                learned_positions=True, train_projection=True)
         state["pos_embed"] = resize_positions(state["pos_embed"], encoder.image_size // patch_size)
         encoder.load_state_dict(state)
     except (LookupError, ValueError, RuntimeError, TypeError) as error:
