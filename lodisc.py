@@ -575,7 +575,7 @@ def read_safetensors(data: bytes) -> dict[str, Tensor]:
     return tensors
 
 def read_config(path, config):
-    """Return {name in CONFIG_NAMES: value} of a file's config; without heads, of those beside it."""
+    """Return {name in CONFIG_NAMES: value} of a file's config; without heads, of those beside."""
     folder = path if path.is_dir() else path.parent
     for name in () if "heads" in config else ("config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
