@@ -253,6 +253,7 @@ def find_images(root):
             left_out["folders met twice, by a link"] += 1
             continue
         visited.add(real)
+        folders.sort()  # so that of two links to a folder the same one is met first everywhere
         for name in list(folders):
             is_run = os.path.exists(os.path.join(folder, name, "checkpoint.pt"))
             if is_run or name.startswith(NOT_DATA):
@@ -364,8 +365,10 @@ def load_folder(root):
 
 def list_counts(left_out):
     """Return a Counter as text; what occurs once is named without a number."""
-    items = sorted(left_out.items())
-    return ", ".join(printable(name) + (f" ({n})" if n > 1 else "") for name, n in items)
+    items = []
+    for name, count in sorted(left_out.items()):
+        items.append(printable(name) if count == 1 else f"{printable(name)} ({count})")
+    return ", ".join(items)
 
 
 def check_headers(data):
