@@ -1,6 +1,5 @@
 """LoDisc in one file: learning global-local discriminative features for self-supervised
-fine-grained visual recognition (Shi, Wei, Nie, Huang, arXiv 2403.04066), in the order of the
-paper's figure: vision transformer, pivotal regions, location-wise mask, MoCo v3, LoDisc.
+fine-grained visual recognition (Shi, Wei, Nie, Huang, arXiv 2403.04066), in its figure's order.
 
 LoDisc is MoCo v3 on a ViT plus a local branch: the momentum encoder encodes each view once more
 with only its pivotal patches (f_l is f_k again), and the query z_q of the OTHER view must match
@@ -13,6 +12,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import re
 from collections import OrderedDict
 from pathlib import Path, PurePath
@@ -171,13 +171,11 @@ class VisionTransformer(nn.Module):
     def forward(self, images, keep=None):
         """images (B, 3, H, W), normalised -> features (B, D). RuntimeError for another size.
         keep: indices of the patches that enter, int64 (B, k), by default all; N below is then k."""
-        features, _, _ = self.encode(images, keep, class_only=True)
-        return features
+        return self.encode(images, keep, class_only=True)[0]
 
     def tokens(self, images, keep=None):
         """As `forward` -> class token (B, D), patch tokens (B, N, D), after the last LayerNorm."""
-        features, patches, _ = self.encode(images, keep)
-        return features, patches
+        return self.encode(images, keep)[:2]
 
     def with_attention(self, images, kind):
         """Return features (B, D) and each layer's attention, float32, the mean over heads: kind
@@ -203,10 +201,8 @@ class VisionTransformer(nn.Module):
         attentions = []
         for block in self.blocks:
             x, weights = block(x, kind, class_only=class_only and block is self.blocks[-1])
-            if kind == "row":
-                attentions.append(weights[:, first:])  # patches alone, (B, N)
-            elif kind == "matrix":
-                attentions.append(weights)
+            if kind is not None:  # of a row the patches alone, (B, N)
+                attentions.append(weights[:, first:] if kind == "row" else weights)
         x = self.norm(x)
         return x[:, 0], x[:, first:], attentions
 
@@ -448,8 +444,7 @@ class LoDisc(MoCoV3):
     """The overview figure: MoCo v3 plus the local branch.
     mask           "location" (the paper); for ablation "least", "random", "block"
     importance     "product" (the paper), "rollout" or "last"
-    local_input    "pixels" (the paper): the image with all other patches set to zero;
-                   "tokens": only the kept patches enter the encoder, at keep_ratio of the cost
+    local_input    "pixels" (the paper): other patches are zero; "tokens": only kept ones enter
     keep_ratio     fraction of patches kept; global_weight, local_weight: of the losses"""
 
     OPTIONS = (*MoCoV3.OPTIONS, "mask", "importance", "local_input", "keep_ratio",
@@ -530,12 +525,12 @@ NORMALISATIONS = {  # mean and standard deviation of each channel
 }
 CONFIG_NAMES = {  # ours: those in a config of Hugging Face, timm or this project
     "width": "hidden_size num_features dim", "image size": "image_size input_size img_size",
-    "heads": "num_attention_heads num_heads heads", "eps": "layer_norm_eps eps",
-    "mean": "image_mean mean", "std": "image_std std", "activation": "hidden_act act_layer",
-    "SwiGLU": "use_swiglu_ffn", "architecture": "architecture",
+    "heads": "num_attention_heads num_heads heads", "mean": "image_mean mean",
+    "std": "image_std std", "eps": "layer_norm_eps eps", "activation": "hidden_act act_layer",
+    **{name: name for name in ("use_swiglu_ffn", "architecture", "do_normalize", "do_rescale")},
 }
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-          "BF16": torch.bfloat16, "I64": torch.int64}  # of safetensors
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "I32": torch.int32,
+          "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
 HARMLESS = [  # types beside the tensors of published files: reading them runs no code
     argparse.Namespace, (lambda *factory: {}, "collections.defaultdict"), int, float, list, dict,
     np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
@@ -548,7 +543,7 @@ def read_weights(path) -> dict:
     """Read what torch.save or safetensors wrote, without running code from it. path: the file, or
     the folder of a run or of a model of the Hugging Face Hub. Raises UserError."""
     names = ("checkpoint.pt", "model.safetensors", "pytorch_model.bin")
-    files = [file for file in (Path(path), *(Path(path, name) for name in names)) if file.is_file()]
+    files = [file for file in (Path(path), *(Path(path, n) for n in names)) if os.path.isfile(file)]
     require(files, f"{path}: no such file; expected a checkpoint or weights, or a folder with one "
             f"of {', '.join(names)}", UserError)
     try:
@@ -570,22 +565,25 @@ def read_safetensors(data: bytes) -> dict[str, Tensor]:
     for name, entry in header.items():
         first, last = (start + offset for offset in entry["data_offsets"])
         require(start <= first <= last <= len(data), f"{name} is not within the file")
-        values = torch.frombuffer(bytearray(data[first:last]), dtype=DTYPES[entry["dtype"]])
-        tensors[name] = values.reshape(entry["shape"])
+        if first < last:  # not an empty tensor
+            values = torch.frombuffer(bytearray(data[first:last]), dtype=DTYPES[entry["dtype"]])
+            tensors[name] = values.reshape(entry["shape"])
     return tensors
 
 def read_config(path, config):
     """Return {name in CONFIG_NAMES: value} of a file's config; without heads, of those beside."""
-    folder = path if path.is_dir() else path.parent
-    for name in () if "heads" in config else ("config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            config = {**json.loads((folder / name).read_text(encoding="utf-8")), **config}
-    config = {**config, **config.get("model_args", {}), **config.get("pretrained_cfg", {})}  # timm
+    folder = path if os.path.isdir(path) else path.parent
+    if not config.keys() & CONFIG_NAMES["heads"].split():  # of something else
+        config = {}
+        for name in ("config.json", "preprocessor_config.json"):
+            if os.path.isfile(folder / name):
+                config |= json.loads((folder / name).read_text(encoding="utf-8"))
+    config = {**config, **(config.get("model_args") or {}), **(config.get("pretrained_cfg") or {})}
     stated = {}
     for ours, theirs in CONFIG_NAMES.items():
         stated |= {ours: config[name] for name in theirs.split() if config.get(name) is not None}
     if "image size" in stated:  # pixels, (height, width) or (channels, height, width)
-        stated["image size"] = np.max(stated["image size"])
+        stated["image size"] = np.unique(np.ravel(stated["image size"])[-2:]).tolist()
     return stated
 
 def named_tensors(contents, place=""):
@@ -628,10 +626,10 @@ def load_encoder(path, use_momentum=False, image_size=None, heads=None, normalis
     The result has `config` (ours, else {}) and `source`, a line on it. Raises UserError."""
     contents, path = read_weights(path), Path(path)
     tensors = dict(named_tensors(contents))
-    tokens = [re.fullmatch(rf"(|.*?\.)({'|'.join(FORMATS)})", name) for name in tensors]
+    tokens = [re.fullmatch(rf"(?!.*decoder)(|.*?\.)({'|'.join(FORMATS)})", x) for x in tensors]
     formats = {token[1]: FORMATS[token[2]] for token in tokens if token}  # by prefix
-    averaged = [prefix for prefix in formats
-                if re.search(r"(^|[._])(momentum|teacher|ema|target)", prefix)]
+    averaged = r"(^|[._])(momentum|teacher|ema|target|swa|shadow|averaged)|_k\."
+    averaged = [prefix for prefix in formats if re.search(averaged, prefix, re.IGNORECASE)]
     online = [prefix for prefix in formats if prefix not in averaged] or averaged
     require(online, f"{path}: no ViT of a known format in it: no tensor's name ends in cls_token; "
             f"its keys: {list(contents)[:9]}, its tensors: {list(tensors)[:5]}", UserError)
@@ -647,6 +645,7 @@ def load_encoder(path, use_momentum=False, image_size=None, heads=None, normalis
             if re.match(LEFT_OUT, ours):
                 left_out[ours.split(".")[0]] = True
                 continue
+            require(ours not in state, f"{name} is there twice, under another name too")
             require(tensor.is_floating_point(), f"{name} is of {tensor.dtype}, not floating point")
             state[ours] = tensor.float()
             require(state[ours].isfinite().all(), f"{name} has values that are not finite")
@@ -656,36 +655,37 @@ def load_encoder(path, use_momentum=False, image_size=None, heads=None, normalis
         depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
         side = math.isqrt(state["pos_embed"].shape[1])
         stated = read_config(path, config)
-        if dim == 384 and (contents.get("arch") == "vit_small" or "base_encoder." in online[0]):
-            stated.setdefault("heads", 12)  # MoCo v3's own ViT-S
         given = {} if heads is None else {"heads": heads}
         if normalise:
             given["mean"], given["std"] = NORMALISATIONS[normalise]
-        expected = {"width": dim, "image size": patch_size * side, "activation": "gelu",
-                    "SwiGLU": False, **given}
+        expected = {"width": dim, "image size": [patch_size * side], "activation": "gelu",
+                    "use_swiglu_ffn": False, "do_normalize": True, "do_rescale": True, **given}
         for name, value in expected.items():
             require(np.array_equal(stated.get(name, value), value),
                     f"it states {name} {stated.get(name)}, expected {value}")
-        unlike = re.findall(r"rope|quickgelu|mlp\.w12|mlp\.weights_in",
-                            f"{stated.get('architecture')} {list(state)}")
+        unlike = re.findall(r"rope|quickgelu|mlp\.w\w*", str([stated.get("architecture"), *state]))
         require(not unlike, f"{unlike[:1]}, so it has rotary positions, QuickGELU or SwiGLU")
         merge_tensors(state)
         usual = {"heads": HEADS.get(dim), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "eps": 1e-6}
+        if dim == 384 and (contents.get("arch") == "vit_small" or "base_encoder." in online[0]):
+            usual["heads"] = 12  # MoCo v3's own ViT-S
         taken = {**usual, **given, **stated}
-        require(isinstance(taken["heads"], int), f"the number of heads of width {dim} is unknown: "
+        require(type(taken["heads"]) is int, f"the number of heads of width {dim} is unknown: "
                 f"give --heads (stated: {stated.get('heads')!r})")
         mean, std = (tuple(map(float, taken[name])) for name in ("mean", "std"))
-        require(len(mean) == len(std) == 3 and min(std) > 0 and math.isfinite(sum(mean + std)),
-                f"expected 3 means and positive stds, got {mean}, {std}")
+        eps = float(taken["eps"])
+        require(len(mean) == len(std) == 3 and all(0 <= x <= 1 for x in mean + std) and min(std) > 0
+                and ("mean" in stated) == ("std" in stated) and 0 < eps < 0.1, "expected mean and "
+                f"std of 3 channels, in [0, 1], and a small eps, got {mean}, {std}, {eps}")
         registers = state["reg_token"].shape[1] if "reg_token" in state else 0
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
             encoder = VisionTransformer(
                 patch_size * side if image_size is None else image_size, patch_size, dim, depth,
-                taken["heads"], registers=registers, eps=float(taken["eps"]),
+                taken["heads"], registers=registers, eps=eps,
                 learned_positions=True, train_projection=True)
         state["pos_embed"] = resize_positions(state["pos_embed"], encoder.image_size // patch_size)
         encoder.load_state_dict(state)
-    except (LookupError, ValueError, RuntimeError, TypeError) as error:
+    except (LookupError, ValueError, RuntimeError, TypeError, OSError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:300]  # names missing, unexpected, misshapen tensors
         raise UserError(f"{path} ({formats[prefix]}) does not fit the encoder: {reason}; what is "
                         "read: README.md, Published weights") from None

@@ -78,9 +78,22 @@ def view_transform(image_size, mean, std, crop_min, blur, solarise):
     ])
 
 
+class Shorten(v2.Transform):
+    """Cut the long side of a PIL image to eight times the short one, in the middle: all of it,
+    resized, could fill the memory."""
+
+    def transform(self, image, params):
+        width, height = image.size
+        limit = 8 * min(width, height)
+        if max(width, height) <= limit:
+            return image
+        return v2.functional.center_crop(image, [min(height, limit), min(width, limit)])
+
+
 def plain_crop(image_size, interpolation=InterpolationMode.BILINEAR):
     """The usual centre crop: the short side to 8/7 of the size, then the middle (256 and 224)."""
-    return [v2.Resize(round(image_size * 8 / 7), interpolation), v2.CenterCrop(image_size)]
+    return [Shorten(), v2.Resize(round(image_size * 8 / 7), interpolation),
+            v2.CenterCrop(image_size)]
 
 
 def cropped_maps(read, indices, image_size):

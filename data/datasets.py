@@ -241,19 +241,17 @@ PICTURES = ("run.png", "masks.png")  # of this program
 def find_images(root):
     """Return the images below a folder, as paths relative to it, and a Counter of what was left
     out, by the rule in data/README.md. Raises UserError for what cannot be read."""
-    images, left_out, visited = [], Counter(), set()
+    images, left_out = [], Counter()
 
     def refuse(error):
         raise UserError(f"{printable(error.filename)} cannot be read ({error.strerror})")
 
     for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link to a folder above it has no end
+        above = {os.path.realpath(parent) for parent in Path(folder).parents}
+        if os.path.realpath(folder) in above:  # it would have no end
             folders.clear()
-            left_out["folders met twice, by a link"] += 1
+            left_out["links to a folder above"] += 1
             continue
-        visited.add(real)
-        folders.sort()  # so that of two links to a folder the same one is met first everywhere
         for name in list(folders):
             is_run = os.path.exists(os.path.join(folder, name, "checkpoint.pt"))
             if is_run or name.startswith(NOT_DATA):
@@ -269,8 +267,8 @@ def find_images(root):
                 left_out[name] += 1
             else:
                 path = Path(folder, name)
-                require(path.is_file(), f"{printable(path)} is a broken link, or no file: remove "
-                        "it", UserError)
+                require(os.path.isfile(path), f"{printable(path)} is a broken link, or no file: "
+                        "remove it", UserError)
                 images.append(path.relative_to(root))
     return images, left_out
 
@@ -332,8 +330,8 @@ def load_folder(root):
 
     With train/ and test/ (or val/) that have class folders: trained on and evaluated. Else trained
     on, and the note says what the evaluation lacks; class folders serve --held-out."""
-    require(root and Path(root).is_dir(), f"--data {printable(root) or '(empty)'}: no such folder; "
-            f"expected {', '.join(NAMES)}, or a folder of images, see data/README.md", UserError)
+    require(os.path.isdir(root), f"--data {printable(root) or '(empty)'}: no such folder; expected "
+            f"{', '.join(NAMES)}, or a folder of images, see data/README.md", UserError)
     images, left_out = find_images(root)
     require(images, f"--data {printable(root)}: found no valid file; expected images that end in "
             f"{', '.join(IMG_EXTENSIONS)}, got {list_counts(left_out) or 'nothing'}", UserError)
@@ -526,12 +524,14 @@ def load_data(name, root="datasets", download=False, held_out=False):
         read, expected = NAMED[name]
         try:
             data = Data(*read(root, download))
-        except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"--data {name}: {str(error).splitlines()[0]}; expected in --data-root "
+        except (RuntimeError, ValueError, LookupError, OSError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"--data {name}: {reason}; expected in --data-root "
                             f"{root}: {expected} (see data/README.md)") from None
     if not held_out:
         return data
-    require(len(set(data.train.targets)) > 1, f"--held-out needs classes: {data.note}", UserError)
+    require(len(set(data.train.targets)) > 1,
+            f"--held-out needs classes: {data.note or 'there is only one'}", UserError)
     return Data(*hold_out(data.train), "", data.found)
 
 

@@ -246,6 +246,20 @@ def test_cropped_maps_lie_on_the_image_of_evaluation(size):
         assert ((values == 7) == (light > 3.5)).float().mean() > 0.97
 
 
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (90, 10), (80, 10), (30, 40)])
+def test_crop_of_a_thin_image_is_its_middle_and_needs_little_memory(size):
+    pixels = np.zeros((*size[::-1], 3), np.uint8)
+    pixels[size[1] // 2 - size[1] // 6:, size[0] // 2 - size[0] // 6:] = 200
+    image, stages = Image.fromarray(pixels), []
+    for stage in plain_crop(56):
+        image = stage(image)
+        stages.append(image.size)
+    assert stages[-1] == (56, 56) and max(stages[1]) <= 8 * 64
+    if max(size) <= 8 * min(size):  # then nothing is cut before
+        assert stages[0] == size
+    assert 150 < np.asarray(image)[28, 28].mean() <= 200 or min(size) == 1
+
+
 def test_folder_with_train_and_test(flowers):
     data = load_data(str(flowers))
     assert len(data.train) == 36 and len(data.test) == 12

@@ -130,11 +130,17 @@ def test_what_was_found_is_printed_before_the_training(tmp_path, monkeypatch, ca
     train.main(["--data", ".", *SMALL, "--out", "runs/one"])
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith("data: ")]
-    assert line == (f"data: 9 training images of 3 classes, no test images, in {tmp_path}; left out: "
-                    ".gif files")
+    assert line == (f"data: 9 training images of 3 classes, no test images, in {tmp_path}; left "
+                    "out: .gif files")
     assert lines.index(line) < min(i for i, text in enumerate(lines) if text.startswith("epoch"))
     train.main(["--data", ".", *SMALL, "--out", "runs/two"])  # the first run is no data
     assert "data: 9 training images" in capsys.readouterr().out
+
+
+def test_held_out_of_one_class_is_one_line(tmp_path):
+    make(tmp_path, "train/a/*", "test/a/*")
+    with pytest.raises(UserError, match="--held-out needs classes: there is only one"):
+        load_data(str(tmp_path), held_out=True)
 
 
 def test_no_image_is_one_line_with_what_is_there(tmp_path):
@@ -183,7 +189,7 @@ def test_broken_file_is_one_line_before_the_first_step(flowers, tmp_path, monkey
 def test_broken_files_are_counted(flowers):
     for i in range(3):
         (flowers / "test" / "class 0" / f"x{i}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"x0\.jpg is not a readable image .*; so are 2 other files"):
+    with pytest.raises(UserError, match=r"x0\.jpg is not a readable .*; so are 2 other files"):
         check_headers(load_data(str(flowers)))
 
 
@@ -212,7 +218,17 @@ def test_unreadable_folder_is_one_line(flowers, monkeypatch):
 def test_link_to_a_folder_above_it_has_an_end(flowers):
     damage(flowers / "train" / "class 1", "a folder's link")
     data = load_data(str(flowers))
-    assert len(data.train) == 36 and data.found.endswith("left out: folders met twice, by a link")
+    assert len(data.train) == 36 and data.found.endswith("left out: links to a folder above")
+
+
+def test_links_to_one_folder_from_two_splits_are_followed(tmp_path):
+    make(tmp_path, "train/b/*", "test/b/*", "extra/a/*")
+    for split in ("train", "test"):
+        (tmp_path / split / "a").symlink_to(tmp_path / "extra" / "a")
+    data = load_data(str(tmp_path))
+    assert data.train.classes == data.test.classes == ["a", "b"]
+    assert len(data.train) == len(data.test) == 6
+    assert data.found.endswith("left out: extra/ (3)")
 
 
 def test_time_and_rate_of_a_slow_check_are_printed(flowers, monkeypatch, capsys):

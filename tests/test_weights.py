@@ -455,6 +455,16 @@ WRAPPERS = {  # name: function of a state dict -> file's contents
                               "counts": defaultdict(int, {"a": 1}), "nested": defaultdict(dict)},
     "namespace": lambda s: {"model": s, "args": argparse.Namespace(out=Path("x"),
                                                                    lr=np.float64(1))},
+    "MoCo v1's names": lambda s: {
+        **{f"encoder_k.{n}": torch.ones_like(t) for n, t in s.items()},
+        **{f"encoder_q.{n}": t for n, t in s.items()}},
+    "EMA in capitals": lambda s: {"state_dict_EMA": {n: torch.ones_like(t) for n, t in s.items()},
+                                  "state_dict": s},
+    "a decoder with a class token": lambda s: {
+        **{f"decoder.{n}": torch.ones_like(t) for n, t in s.items()},
+        **{f"encoder.{n}": t for n, t in s.items()}},
+    "options of an optimiser": lambda s: {"model": s, "config": {"eps": 1e-8, "dim": 256,
+                                                                 "mean": 0.0, "std": 0.02}},
     "keys that are no text": lambda s: {"model": s, 3: {0: torch.zeros(2)}, None: 4},
 }
 
@@ -488,7 +498,7 @@ def test_files_of_numpy_1_and_of_windows_are_read(tmp_path):
 # --- safetensors ------------------------------------------------------------------------------
 
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-         torch.int64: "I64"}
+         torch.int64: "I64", torch.bool: "BOOL"}
 
 
 def safetensors(tensors):
@@ -509,7 +519,9 @@ def test_safetensors_are_read(tmp_path, dtype):
     base = VisionTransformer(16, 8, 192, 1, 3)
     state = {name: tensor.to(dtype) for name, tensor in base.state_dict().items()}
     path = tmp_path / "model.safetensors"
-    path.write_bytes(safetensors({**state, "head.num_batches_tracked": torch.tensor(3)}))
+    others = {"head.num_batches_tracked": torch.tensor(3), "head.weight": torch.zeros(0, 48),
+              "head.mask": torch.tensor([True, False])}
+    path.write_bytes(safetensors({**state, **others}))
     for place in (path, tmp_path):
         loaded = load_encoder(place)
         assert same(loaded.state_dict(), {name: t.float() for name, t in state.items()})
@@ -598,20 +610,36 @@ MISFITS = {  # name: (change of a timm state dict, match)
     "a key that is no text": (lambda s: s | {7: torch.zeros(3)}, '[Uu]nexpected.*"7"'),
     "another project's heads": (lambda s: {"model": s, "config": {"heads": "auto"}},
                                 "does not fit the encoder"),
-    "another project's sizes": (lambda s: {"model": s, "config": {"hidden_size": 768}},
+    "another project's sizes": (lambda s: {"model": s, "config": {"num_heads": 3,
+                                                                  "hidden_size": 768}},
                                 "states width 768, expected 192"),
-    "another project's mean": (lambda s: {"model": s, "config": {"mean": "imagenet", "std": 1}},
+    "another project's mean": (lambda s: {"model": s, "config": {"heads": 3, "mean": "imagenet",
+                                                                 "std": 1}},
                                "does not fit the encoder"),
-    "a mean of one channel": (lambda s: {"model": s, "config": {"mean": [0.5], "std": [0.5]}},
-                              "expected 3 means and positive stds"),
-    "a std of zero": (lambda s: {"model": s, "config": {"mean": [0.5] * 3, "std": [0.5, 0, 1]}},
-                      "positive stds"),
+    "a mean of one channel": (lambda s: {"model": s, "config": {"heads": 3, "mean": [0.5],
+                                                                "std": [0.5]}},
+                              "expected mean and std of 3 channels"),
+    "a std of zero": (lambda s: {"model": s, "config": {"heads": 3, "mean": [0.5] * 3,
+                                                               "std": [0.5, 0, 1]}},
+                      "expected mean and std of 3"),
     "a mean that is no number": (lambda s: {"model": s, "config": {
-        "mean": [float("nan")] * 3, "std": [0.5] * 3}}, "positive stds"),
+        "heads": 3, "mean": [float("nan")] * 3, "std": [0.5] * 3}}, "expected mean and std of 3"),
     "heads as text": (lambda s: {"model": s, "config": {"heads": "3"}}, "unknown.*stated: '3'"),
-    "eps as text": (lambda s: {"model": s, "config": {"layer_norm_eps": "small"}}, "'small'"),
+    "eps as text": (lambda s: {"model": s, "config": {"heads": 3, "eps": "small"}}, "'small'"),
     "SwiGLU": (lambda s: s | zeros(["blocks.0.mlp.w12.weight", "blocks.0.mlp.w3.weight"]),
                r"mlp\.w12.*SwiGLU"),
+    "one tensor twice": (lambda s: s | {"_orig_mod.norm.weight": s["norm.weight"] * 5},
+                         "norm.weight is there twice"),
+    "a bare model and a wrapped one": (lambda s: s | {"module." + n: t for n, t in s.items()},
+                                       "is there twice"),
+    "an eps of attacks": (lambda s: {"model": s, "config": {"heads": 3, "eps": 3.0}}, "small eps"),
+    "a flag for heads": (lambda s: {"model": s, "config": {"heads": True}}, "stated: True"),
+    "mean alone": (lambda s: {"model": s, "config": {"heads": 3, "mean": [0.5] * 3}},
+                   "expected mean and std"),
+    "levels of bytes": (lambda s: {"model": s, "config": {
+        "heads": 3, "mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}}, r"in \[0, 1\]"),
+    "a patch of nothing": (lambda s: s | {"patch_embed.proj.weight": torch.zeros(0, 3, 16, 16)},
+                           "does not fit the encoder"),
     "rotary positions": (lambda s: s | zeros(["rope_embed.periods"]), "rope.*rotary positions"),
     "no class token": (lambda s: {"model": {"a": {"b.weight": s["norm.weight"]}}, "epoch": 3},
                        r"no tensor's name ends in cls_token; its keys: .'model', 'epoch'., its "
@@ -656,7 +684,7 @@ def test_number_of_heads(tmp_path):
     assert heads(deit_file(small, small)) == heads(dino_file(small, small)) == 6
     assert heads(run_file(small, small)) == 12
     assert heads({**run_file(small, small), "config": {"heads": 4}}) == 4
-    with pytest.raises(UserError, match="states image size 64, expected 32"):
+    with pytest.raises(UserError, match=r"states image size \[64\], expected \[32\]"):
         heads({**run_file(small, small), "config": {"heads": 4, "image_size": 64}})
     nano = new_encoder(width=96, depth=1, heads=3)
     assert heads(run_file(nano, nano)) == 3
@@ -683,9 +711,8 @@ def test_moco_small_has_twelve_heads(tmp_path, contents):
     small = new_encoder(width=384, depth=1, heads=12)
     torch.save(contents(small), tmp_path / "file.pth")
     loaded, images = load_encoder(tmp_path / "file.pth"), torch.randn(2, 3, SIZE, SIZE)
-    assert torch.equal(loaded(images), small(images)) and "12 heads (stated)" in loaded.source
-    with pytest.raises(UserError, match="states heads 12, expected 6"):
-        load_encoder(tmp_path / "file.pth", heads=6)
+    assert torch.equal(loaded(images), small(images)) and "12 heads (assumed)" in loaded.source
+    assert load_encoder(tmp_path / "file.pth", heads=6).blocks[0].attn.heads == 6  # as given
 
 
 def test_arch_of_another_publisher_is_not_mocos(tmp_path):
@@ -727,7 +754,7 @@ def test_config_that_contradicts_the_grid_is_an_error(tmp_path):
     torch.save(state, tmp_path / "file.pth")
     assert "12 x 12 positions" in load_encoder(tmp_path / "file.pth").source
     (tmp_path / "config.json").write_text('{"image_size": [256, 144]}')
-    with pytest.raises(UserError, match="states image size 256, expected 192"):
+    with pytest.raises(UserError, match=r"states image size \[144, 256\], expected \[192\]"):
         load_encoder(tmp_path / "file.pth")
     (tmp_path / "config.json").write_text('{"pretrained_cfg": {"input_size": [3, 192, 192]}}')
     load_encoder(tmp_path / "file.pth")
@@ -735,6 +762,34 @@ def test_config_that_contradicts_the_grid_is_an_error(tmp_path):
     with pytest.raises(UserError, match="does not fit the encoder") as error:
         load_encoder(tmp_path / "file.pth")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("contents, says", [
+    ('{"do_normalize": false}', "states do_normalize False, expected True"),
+    ('{"do_rescale": false, "image_mean": [0, 0, 0]}', "states do_rescale False"),
+    ('{"image_mean": "123", "image_std": "123"}', "expected mean and std"), ("[1]", "fit"),
+    ('{"image_size": {"height": 32}}', "states image size"),
+    ('{"layer_norm_eps": 1' + 400 * "0" + "}", "too large"), ('{"model_args": 3}', "mapping")])
+def test_config_that_cannot_be_followed_is_one_line(tmp_path, contents, says):
+    torch.save(backbone(new_encoder(depth=1)), tmp_path / "file.pth")
+    (tmp_path / "config.json").write_text(contents)
+    with pytest.raises(UserError, match=says) as error:
+        load_encoder(tmp_path / "file.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_paths_that_cannot_be_opened_are_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no such file"):
+        load_encoder("a" * 5000)
+    torch.save(backbone(new_encoder(depth=1)), tmp_path / "file.pth")
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(self, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refuse)  # as root nothing is refused
+    with pytest.raises(UserError, match="Permission denied.*config.json"):
+        load_encoder(tmp_path / "file.pth")
 
 
 def test_normalisation_is_stated_given_or_assumed(tmp_path):
