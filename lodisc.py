@@ -570,8 +570,9 @@ def read_safetensors(data: bytes) -> dict[str, Tensor]:
             tensors[name] = values.reshape(entry["shape"])
     return tensors
 
-def read_config(path, config):
-    """Return {name in CONFIG_NAMES: value} of a file's config; without heads, of those beside."""
+def settle_facts(path, config, given, usual, expected):
+    """Return {fact: value}, {fact: origin}: as a file's config states, without heads in it those
+    beside the file; else given, else usual. ValueError if that contradicts what is expected."""
     folder = path if os.path.isdir(path) else path.parent
     if not config.keys() & CONFIG_NAMES["heads"].split():  # of something else
         config = {}
@@ -584,7 +585,21 @@ def read_config(path, config):
         stated |= {ours: config[name] for name in theirs.split() if config.get(name) is not None}
     if "image size" in stated:  # pixels, (height, width) or (channels, height, width)
         stated["image size"] = np.unique(np.ravel(stated["image size"])[-2:]).tolist()
-    return stated
+    for name, value in {**expected, **given}.items():
+        require(np.array_equal(stated.get(name, value), value),
+                f"it states {name} {stated.get(name)}, expected {value}")
+    unlike = re.findall(r"rope|quickgelu|mlp\.w\w*", f"{stated} {expected['tensors']}")
+    require(not unlike, f"{unlike[:1]}, so it has rotary positions, QuickGELU or SwiGLU")
+    facts = {**usual, **given, **stated}
+    require(type(facts["heads"]) is int, f"the number of heads of width {expected['width']} is "
+            f"unknown: give --heads (stated: {stated.get('heads')!r})")
+    mean, std = (tuple(map(float, facts[name])) for name in ("mean", "std"))
+    facts |= {"mean": mean, "std": std, "eps": float(facts["eps"])}
+    require(len(mean) == len(std) == 3 and all(0 <= x <= 1 for x in mean + std) and min(std) > 0
+            and ("mean" in stated) == ("std" in stated) and 0 < facts["eps"] < 0.1, "expected mean "
+            f"and std of 3 channels, in [0, 1], and a small eps, got {mean}, {std}, {facts['eps']}")
+    origin = dict.fromkeys(usual, "assumed") | dict.fromkeys(given, "given")
+    return facts, origin | dict.fromkeys(stated, "stated")
 
 def named_tensors(contents, place=""):
     """Yield (dotted name, tensor) of all tensors in nested dicts."""
@@ -654,35 +669,22 @@ def load_encoder(path, use_momentum=False, image_size=None, heads=None, normalis
         dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
         depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
         side = math.isqrt(state["pos_embed"].shape[1])
-        stated = read_config(path, config)
         given = {} if heads is None else {"heads": heads}
-        if normalise:
-            given["mean"], given["std"] = NORMALISATIONS[normalise]
-        expected = {"width": dim, "image size": [patch_size * side], "activation": "gelu",
-                    "use_swiglu_ffn": False, "do_normalize": True, "do_rescale": True, **given}
-        for name, value in expected.items():
-            require(np.array_equal(stated.get(name, value), value),
-                    f"it states {name} {stated.get(name)}, expected {value}")
-        unlike = re.findall(r"rope|quickgelu|mlp\.w\w*", str([stated.get("architecture"), *state]))
-        require(not unlike, f"{unlike[:1]}, so it has rotary positions, QuickGELU or SwiGLU")
-        merge_tensors(state)
+        given |= dict(zip(("mean", "std"), NORMALISATIONS[normalise])) if normalise else {}
         usual = {"heads": HEADS.get(dim), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "eps": 1e-6}
         if dim == 384 and (contents.get("arch") == "vit_small" or "base_encoder." in online[0]):
             usual["heads"] = 12  # MoCo v3's own ViT-S
-        taken = {**usual, **given, **stated}
-        require(type(taken["heads"]) is int, f"the number of heads of width {dim} is unknown: "
-                f"give --heads (stated: {stated.get('heads')!r})")
-        mean, std = (tuple(map(float, taken[name])) for name in ("mean", "std"))
-        eps = float(taken["eps"])
-        require(len(mean) == len(std) == 3 and all(0 <= x <= 1 for x in mean + std) and min(std) > 0
-                and ("mean" in stated) == ("std" in stated) and 0 < eps < 0.1, "expected mean and "
-                f"std of 3 channels, in [0, 1], and a small eps, got {mean}, {std}, {eps}")
+        facts, origin = settle_facts(path, config, given, usual, {
+            "width": dim, "image size": [patch_size * side], "tensors": [*state],
+            "activation": "gelu", "use_swiglu_ffn": False, "do_normalize": True,
+            "do_rescale": True})
+        merge_tensors(state)
         registers = state["reg_token"].shape[1] if "reg_token" in state else 0
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
             encoder = VisionTransformer(
                 patch_size * side if image_size is None else image_size, patch_size, dim, depth,
-                taken["heads"], registers=registers, eps=eps,
-                learned_positions=True, train_projection=True)
+                facts["heads"], registers=registers, eps=facts["eps"], learned_positions=True,
+                train_projection=True)
         state["pos_embed"] = resize_positions(state["pos_embed"], encoder.image_size // patch_size)
         encoder.load_state_dict(state)
     except (LookupError, ValueError, RuntimeError, TypeError, OSError, ArithmeticError) as error:
@@ -690,11 +692,9 @@ def load_encoder(path, use_momentum=False, image_size=None, heads=None, normalis
         raise UserError(f"{path} ({formats[prefix]}) does not fit the encoder: {reason}; what is "
                         "read: README.md, Published weights") from None
     encoder.config = config if {"dim", "depth", "heads"} <= config.keys() else {}
-    encoder.mean, encoder.std = mean, std
-    origin = dict.fromkeys(usual, "assumed") | dict.fromkeys(given, "given")
-    origin |= dict.fromkeys(stated, "stated")
+    mean, std = encoder.mean, encoder.std = facts["mean"], facts["std"]
     encoder.source = (
-        f"{path}: {formats[prefix]}, {prefix}*, {depth} layers of width {dim}, {taken['heads']} "
-        f"heads ({origin['heads']}), {registers} registers, {side} x {side} positions, "
-        f"mean {mean}, std {std} ({origin['mean']}); left out: {', '.join(left_out) or 'nothing'}")
+        f"{path}: {formats[prefix]}, {prefix}*, {depth} layers of width {dim}, {facts['heads']} "
+        f"heads ({origin['heads']}), {registers} registers, {side} x {side} positions, mean "
+        f"{mean}, std {std} ({origin['mean']}); left out: {', '.join(left_out or ['nothing'])}")
     return encoder.eval()
