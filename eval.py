@@ -728,9 +728,9 @@ def main(argv=None):
 
 
 def exit_with_line(program, error):
-    """Print a user's mistake in one line (of a loading process: the last) and exit with 2."""
-    line = str(error).splitlines()[-1].removeprefix("lodisc.UserError: ")
-    print(f"{program}: {line}", file=sys.stderr)
+    """Print a user's mistake in one line and exit with 2."""
+    text = str(error).rpartition("\nlodisc.UserError: ")[2]  # a loading process adds its traceback
+    print(f"{program}:", *text.splitlines(), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     for process in torch.multiprocessing.active_children():

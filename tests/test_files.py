@@ -190,6 +190,17 @@ def test_export_on_a_full_disk_leaves_nothing():
     assert "encoder.pth could not be written" in done.stderr and names() == ["weights.pth"]
 
 
+@pytest.mark.parametrize("text", [
+    "no such file: a\nb", "Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n"
+    "  File ...\nlodisc.UserError: no such file: a b"])
+def test_mistake_is_printed_in_one_line(monkeypatch, capsys, text):
+    """Also of a path with a line break, and of a loading process."""
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    evaluation.exit_with_line("eval.py", UserError(text))
+    assert capsys.readouterr().err == "eval.py: no such file: a b\n" and codes == [2]
+
+
 def test_picture_has_the_format_of_its_ending(tmp_path):
     picture = Image.new("RGB", (20, 10), (200, 30, 40))
     for name, kind in (("a.png", "PNG"), ("b.JPG", "JPEG"), ("c.webp", "WEBP")):
