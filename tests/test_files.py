@@ -257,7 +257,9 @@ def test_interruption_before_the_first_checkpoint_leaves_nothing(flowers, monkey
 def test_sigint_at_any_moment_advises_what_works(flowers):
     """Interrupt real runs after growing delays, from the program's start on."""
     outcomes = set()
-    for tenths in range(20, 60, 4):
+    for tenths in [*range(20, 60, 4), 80, 120, 180]:  # the last for a machine that is busy
+        if tenths >= 60 and True in outcomes:
+            break
         process = subprocess.Popen(
             [sys.executable, ROOT / "train.py", "--data", flowers, *SMALL, "--epochs", "400",
              "--out", "run"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
