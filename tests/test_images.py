@@ -138,8 +138,8 @@ def save_levels(folder, values, split="train", dtype=np.uint16):
 DARK = "no 16-bit image so far has a value above 4,095"
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("values, lines", [([100, 3000, 4095], 1), ([100, 3000, 4096], 0)])
+@pytest.mark.parametrize("values, lines, workers", [
+    ([100, 3000, 4095], 1, "1"), ([100, 3000, 4096], 0, "0")])
 def test_twelve_bit_data_are_said_to_be_dark_once(tmp_path, monkeypatch, capfd, values, lines,
                                                   workers):
     monkeypatch.chdir(tmp_path)

@@ -354,6 +354,7 @@ def test_registers_stay_when_patches_are_dropped(with_registers):
 
 
 @pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("with_registers", [(4, "reg_token", False)], indirect=True)
 def test_registers_are_trained_stored_and_resumed(with_registers, flowers, tmp_path, capsys):
     encoder, _, registers = with_registers
     train.main(["--data", str(flowers / "train"), "--init", str(tmp_path / "registers.pth"),
