@@ -464,8 +464,8 @@ def weights_file(name):
     except Exception as error:  # of the network OSError, of torch.load many types
         reason = " ".join(str(error).split())[:100]
         if path.exists() and not isinstance(error, OSError):
-            raise UserError(f"{path} is damaged ({reason}): delete it, and the same command fetches "
-                            "it again") from None
+            raise UserError(f"{path} is damaged ({reason}): delete it, and the same command "
+                            "fetches it again") from None
         raise UserError(f"could not fetch {WEIGHTS[name]} ({reason}); download it and give the "
                         "file's path, as in --init FILE") from None
     return str(path)
@@ -583,7 +583,8 @@ def load_subject(args, device):
         require(args.method.split(":")[-1] == config["method"].split(":")[-1], f"--method "
                 f"{args.method}: the run's is {config['method']}", UserError)
         config["method"] = args.method
-    require(not config or args.image_size is None, "--image-size is for published weights", UserError)
+    require(not config or args.image_size is None, "--image-size is for published weights",
+            UserError)
     if not encoder.config and args.image_size is None:
         encoder = load(recipe_image_size(encoder.patch_size, device))
     print(f"{encoder.source}; at {encoder.image_size} px")
