@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader
 from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms import v2
 
-from data.augment import Plain, Preprocessing, cropped_maps, plain_crop, to_tensor
+from data.augment import Plain, Preprocessing, cropped_maps, decode_map, plain_crop, to_tensor
 from data.birds import BIRD
-from data.datasets import (check_headers, data_name, default_workers, fitting_workers, load_data,
-                           naming_dead_workers, open_image)
-from data.draw import example_indices, mask_sheet
+from data.datasets import (check_headers, data_name, default_workers, fitting_workers, hash_images,
+                           load_data, naming_dead_workers, open_image)
+from data.draw import example_indices, mask_sheet, sheet
 from lodisc import (METHODS, NORMALISATIONS, MoCoV3, UserError, VisionTransformer, load_encoder,
                     location_mask, patch_importance, read_weights, require)
 
@@ -526,6 +526,24 @@ def compared_encoders(config, encoder):
     return {**rows, "trained": encoder}
 
 
+def save_maps(folder, maps, dataset):
+    """Write a run's maps of its training images, a PNG's bytes each, with a hash of the images."""
+    contents = {"maps": maps, "images": hash_images(dataset)}
+    write_whole(folder / "maps.pt", lambda file: torch.save(contents, file))
+
+
+def read_maps(folder, dataset):
+    """Return the maps in a run's folder; raise UserError if there are none of this data set."""
+    path = folder / "maps.pt"
+    require(path.exists(), f"{path} is missing; it holds what the initial weights saw in the "
+            "training images, and cannot be made again: copy it back, or start a new run",
+            UserError)
+    stored = read_weights(path)
+    require(stored.get("images") == hash_images(dataset), f"{path} is of images with other names "
+            "or sizes: give the run's own by --data, or start a new run", UserError)
+    return stored["maps"]
+
+
 # --- commands ---------------------------------------------------------------------------------
 
 
@@ -662,12 +680,52 @@ def load_masks_model(args, encoder, config):
     return model
 
 
+def read_own_maps(args, config):
+    """Return a run's training images and the maps that its method made of them, or None if they are
+    not at hand, or if the command line asks for other images."""
+    folder, data = run_folder(args), config["data"]
+    if args.data is not None:
+        data = data_name(args.data)
+    if not (folder / "maps.pt").exists():
+        print(f"no maps.pt in {folder}: drawing test images, which have no map")
+        return None
+    images = load_data(data, args.data_root or config["data_root"],
+                       held_out=config["held_out"]).train
+    if data != config["data"] and hash_images(images) != read_weights(folder / "maps.pt")["images"]:
+        return None
+    return images, read_maps(folder, images)
+
+
+def map_page(model, dataset, maps):
+    """Draw eight training images with their maps, and what the method's drawn_views, if it has
+    them, makes of both."""
+    size, indices = model.encoder.image_size, example_indices(dataset.targets)
+    crop = v2.Compose(plain_crop(size))
+    images = [crop(dataset[i][0]) for i in indices]
+    cropped = cropped_maps(lambda i: decode_map(maps[i]), indices, size)  # (n, H, W)
+    rows = {"training\nimage": (images, None), "its map,\n0: grey": (images,
+                                                                   cropped.flatten(1).long())}
+    if hasattr(model, "drawn_views"):
+        pixels = torch.stack([v2.functional.to_image(image) for image in images]).float() / 255
+        for name, views in model.drawn_views(pixels, cropped).items():
+            views = [v2.functional.to_pil_image(view.clamp(0, 1)) for view in views]
+            rows[name] = views, None
+    return sheet(rows)
+
+
 def draw_masks(args, encoder, config, device):
-    """Draw the pivotal patches of the momentum encoder, those that the run's method shows. For data
-    with regions, print and save where the patches of all test images lie."""
+    """Draw the pivotal patches of the momentum encoder, those that the run's method shows; of a run
+    with maps, these on training images. For data with regions, print and save where the patches of
+    all test images lie."""
     path = output_path(args, config, "masks.png")
     picture_format(path)  # before it is drawn
     model = load_masks_model(args, encoder, config).to(device).eval()
+    if hasattr(model, "annotate") and not args.images:
+        images_and_maps = read_own_maps(args, config)
+        if images_and_maps:
+            save_picture(map_page(model, *images_and_maps), path)
+            print(f"wrote {path}")
+            return
     encoder = model.momentum_encoder
     importance, keep_ratio = config.get("importance", "product"), config.get("keep_ratio", 0.3)
     if args.images:

@@ -37,8 +37,8 @@ from data.datasets import (NAMES, check_headers, data_name, default_workers, fit
                            load_data, naming_dead_workers)
 from data.draw import example_indices, run_sheet
 from eval import (MAIN_METRICS, PLAIN, WEIGHTS, build_model, compared_encoders, current_config,
-                  evaluate, exit_with_line, pick_device, recipe_image_size, save_picture,
-                  save_results, table, weights_file, write_text, write_whole)
+                  evaluate, exit_with_line, pick_device, read_maps, recipe_image_size, save_maps,
+                  save_picture, save_results, table, weights_file, write_text, write_whole)
 from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
                     METHODS, NORMALISATIONS, LoDisc, UserError, load_encoder, momentum_schedule,
                     read_weights, require)
@@ -63,8 +63,10 @@ NEW_RUN = "runs/<data>-<method>-<n>"
 # --- the loop ---------------------------------------------------------------------------------
 
 
-def train(model, config, data, folder, device, checkpoint=None, rank=0, processes=1):
-    """Train the model on the device; return the history, a row per epoch, and the film of masks."""
+def train(model, config, data, folder, device, checkpoint=None, rank=0, processes=1, maps=None):
+    """Train the model on the device; return the history, a row per epoch, and the film of masks.
+
+    maps: of the training images, as in `augment.TwoViews`, or None."""
     model.to(device)
     parallel = distribute(model, device, processes)
     optimizer = build_optimizer(model, config)
@@ -73,7 +75,7 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
     print("precision:", str(precision or torch.float32).removeprefix("torch."))
     if config["compile"]:
         compile_encoders(model)
-    loader, batches = build_loader(config, data.train, device, rank, processes)
+    loader, batches = build_loader(config, data.train, device, rank, processes, maps)
     generator = torch.Generator()  # of the random and block masks, seeded at each step
     examples = example_images(config, data.train, device)
 
@@ -103,15 +105,17 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
         batches.epoch = epoch
         log = Log(epoch, epochs, steps, config["batch_size"])
         with naming_dead_workers():
-            for view1, view2 in loader:
+            for batch in loader:
                 m = momentum_schedule(step, total, config["momentum"])
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, warmup, total, group["peak"])
                 mask_seed = augment.mix_seed(augment.MASK_NOISE, config["seed"], step, rank)
                 generator.manual_seed(mask_seed)
-                views = view1.to(device, non_blocking=True), view2.to(device, non_blocking=True)
-                output, skipped = train_step(model, parallel, optimizer, scaler, precision, views,
-                                             generator, step / total, m)
+                view1, view2, *maps_of_views = [part.to(device, non_blocking=True)
+                                                for part in batch]
+                output, skipped = train_step(model, parallel, optimizer, scaler, precision,
+                                             (view1, view2), generator, step / total, m,
+                                             maps_of_views)
                 step += 1
                 log.add(output, skipped, optimizer.param_groups[0]["lr"], m)
         history.append(log.end_epoch(model))
@@ -121,12 +125,18 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
     return history, film
 
 
-def train_step(model, parallel, optimizer, scaler, precision, views, generator, progress, m):
+def train_step(model, parallel, optimizer, scaler, precision, views, generator, progress, m,
+               maps=()):
     """One step of the algorithm -> (the method's output, whether the fp16 scaler skipped it).
+
+    maps: of both views, for a method that has them.
 
     The momentum side moves after the optimiser's step, in MoCo v3's code before its forward."""
     with torch.autocast(views[0].device.type, precision, enabled=precision is not None):
-        output = parallel(*views, generator, progress)
+        if maps:
+            output = parallel(*views, generator, progress, maps=tuple(maps))
+        else:
+            output = parallel(*views, generator, progress)
     optimizer.zero_grad()
     scale = scaler.get_scale()
     scaler.scale(output.total).backward()
@@ -247,13 +257,17 @@ def pick_precision(amp, device, width):
     return None
 
 
-def build_loader(config, dataset, device, rank, processes):
-    """Return the loader of (view 1, view 2), and its batches; set their `epoch` at each epoch."""
+def build_loader(config, dataset, device, rank, processes, maps=None):
+    """Return the loader of (view 1, view 2), and its batches; set their `epoch` at each epoch.
+
+    With maps, of (view 1, view 2, map 1, map 2)."""
     size, seed = config["image_size"], config["seed"]
-    views = augment.TwoViews(dataset, preprocessing_of(config), seed, config["crop_min"])
+    views = augment.TwoViews(dataset, preprocessing_of(config), seed, config["crop_min"], maps)
     # batches have the same images for any number of processes; each rank takes its part
     batches = augment.Batches(len(dataset), config["batch_size"], seed, rank, processes)
     batch_bytes = batches.per_rank * 2 * 3 * size**2 * 4
+    if maps is not None:
+        batch_bytes += batches.per_rank * 2 * size**2
     workers = fitting_workers(config["workers"], batch_bytes)
     loader = DataLoader(views, batch_sampler=batches, num_workers=workers,
                         generator=torch.Generator(),  # so that it does not draw from torch's
@@ -521,7 +535,7 @@ def restore(state, checkpoint):
 
 def remove_parts(folder):
     """Remove the temporary files of a killed run."""
-    for name in ("checkpoint.pt", "metrics.csv", "config.json", "run.png"):
+    for name in ("checkpoint.pt", "maps.pt", "metrics.csv", "config.json", "run.png"):
         for part in folder.glob(f".{name}.*"):
             part.unlink()
 
@@ -608,25 +622,26 @@ def parse_args_once(argv):
         return parse_args(argv)
 
 
-def rank_0_first(work, rank, processes):
-    """Return work() of every process, of rank 0 first: the others wait for as long as it takes, as
-    it may download. If rank 0 raises UserError, the others end silently, with status 2."""
+def by_rank_0(work, rank, processes):
+    """Return rank 0's work() on all processes: the others wait for as long as it takes, as it may
+    download or annotate. If it raises UserError, they end silently, with status 2."""
     if processes == 1:
         return work()
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    failed, mistake, result = torch.zeros(1), None, None
+    mistake, message = None, {}
     if rank == 0:
         try:
-            result = work()
+            message = {"result": work()}
         except UserError as error:
-            failed, mistake = torch.ones(1), error
-    dist.broadcast(failed, 0, group=group)
+            mistake = error
+    shared = [message]
+    dist.broadcast_object_list(shared, 0, group=group)
     dist.destroy_process_group(group)
     if mistake:
         raise mistake
-    if failed:
+    if not shared[0]:
         raise SystemExit(2)
-    return result if rank == 0 else work()
+    return shared[0]["result"]
 
 
 class Run:
@@ -688,6 +703,22 @@ class Run:
         if chosen and recipe != "birds":
             print(f"chosen ({recipe}): {', '.join(chosen)}")
 
+    def make_maps(self):
+        """Return the map of each training image, as in `augment.TwoViews`: the method's own by the
+        initial weights, which a resumed run reads from maps.pt, as they have moved since."""
+        if self.checkpoint:
+            return read_maps(self.folder, self.data.train)
+        begun = time.monotonic()
+        model = self.model.to(self.device).eval()
+        with torch.no_grad(), augment.seeded(self.config["seed"]):
+            maps = [augment.encode_map(image_map) for image_map in model.annotate(self.data.train)]
+        require(len(maps) == len(self.data.train), f"annotate made {len(maps)} maps of "
+                f"{len(self.data.train)} images")
+        save_maps(self.folder, maps, self.data.train)
+        print(f"maps of {len(maps)} images in {time.monotonic() - begun:.0f} s, in "
+              f"{self.folder / 'maps.pt'}")
+        return maps
+
     def announce(self):
         """Print what is about to be trained, and return the losses' chance levels."""
         print("{method} on {num_images} images of {data}, {arch} at {image_size} px,".format(
@@ -720,10 +751,15 @@ def main(argv=None):
     run = Run(argv)
     try:
         run.rank, run.processes = start_processes()
-        rank_0_first(run.prepare, run.rank, run.processes)
+        by_rank_0(run.prepare, run.rank, run.processes)
+        if run.rank > 0:
+            run.prepare()
         levels = run.announce()
+        maps = None
+        if hasattr(run.model, "annotate"):
+            maps = by_rank_0(run.make_maps, run.rank, run.processes)
         history, film = train(run.model, run.config, run.data, run.folder, run.device,
-                              run.checkpoint, run.rank, run.processes)
+                              run.checkpoint, run.rank, run.processes, maps)
         if run.processes > 1:
             dist.destroy_process_group()
         if run.rank == 0:

@@ -1,14 +1,19 @@
-"""Two seeded augmentations of an image for training, one plain crop of it for evaluation."""
+"""Two seeded augmentations of an image, and of its map if it has one, for training; one plain crop
+of it for evaluation."""
 
+import io
 import random
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ImageFilter
+from PIL import Image, ImageFilter
 from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
+
+from lodisc import require
 
 ORDER, AUGMENTATION, MASK_NOISE = range(3)  # what a seed is for: no two purposes share a stream
 
@@ -57,6 +62,8 @@ class Blur(v2.Transform):
         return {"sigma": torch.empty(1).uniform_(*self.sigma).item()}
 
     def transform(self, image, params):
+        if isinstance(image, tv_tensors.Mask):
+            return image
         return image.filter(ImageFilter.GaussianBlur(params["sigma"]))
 
 
@@ -102,14 +109,30 @@ def cropped_maps(read, indices, image_size):
     return torch.stack([torch.from_numpy(np.array(crop(read(i)))) for i in indices])
 
 
+def encode_map(image_map):
+    """Return a map, uint8 (H, W), as the bytes of a PNG file."""
+    values = np.asarray(image_map)
+    require(values.dtype == np.uint8 and values.ndim == 2, "expected a map of uint8 (H, W), got "
+            f"{values.dtype} {values.shape}")
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    return file.getvalue()
+
+
+def decode_map(png):
+    """Return the map in the bytes of a PNG file, an "L" image."""
+    return Image.open(io.BytesIO(png))
+
+
 class TwoViews(Dataset):
-    """(view 1, view 2) of a data set's images, indexed by (epoch, index).
+    """(view 1, view 2) of a data set's images, indexed by (epoch, index), or (view 1, view 2,
+    map 1, map 2) if there are maps: a PNG's bytes per image, cropped and flipped with it.
 
     A sample's augmentation depends on (seed, epoch, index), not on order or workers, also if the
     data set or a transform draws from numpy or random."""
 
-    def __init__(self, dataset, preprocessing, seed, crop_min=0.08):
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset, preprocessing, seed, crop_min=0.08, maps=None):
+        self.dataset, self.seed, self.maps = dataset, seed, maps
         self.view1 = view_transform(*preprocessing, crop_min, blur=1.0, solarise=0.0)
         self.view2 = view_transform(*preprocessing, crop_min, blur=0.1, solarise=0.2)
 
@@ -117,7 +140,17 @@ class TwoViews(Dataset):
         epoch, index = epoch_and_index
         with seeded(mix_seed(AUGMENTATION, self.seed, epoch, index)):  # transforms draw globally
             image = self.dataset[index][0]
-            return self.view1(image), self.view2(image)
+            if self.maps is None:
+                return self.view1(image), self.view2(image)
+            image_map = tv_tensors.Mask(decode_map(self.maps[index]))  # (1, H, W)
+            view1, map1 = self.view1(image, image_map)
+            view2, map2 = self.view2(image, image_map)
+            return view1, view2, plain_map(map1), plain_map(map2)
+
+
+def plain_map(image_map):
+    """tv_tensors.Mask (1, H, W) -> tensor (H, W)."""
+    return image_map.as_subclass(torch.Tensor).squeeze(0)
 
 
 class Batches(Sampler):

@@ -1,12 +1,15 @@
 """Data sets by name (the drawn birds, flowers17, those of the paper) and folders of images."""
 
+import hashlib
 import os
 import re
 import shutil
 import time
 import warnings
+import zlib
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -402,6 +405,28 @@ def image_paths(dataset):
     return getattr(dataset, "paths", [])
 
 
+def named_sizes(dataset):
+    """Return [(name, bytes)] of a data set's images; names are relative to their common folder."""
+    if isinstance(dataset, Subset):
+        images = named_sizes(dataset.dataset)
+        return [images[i] for i in dataset.indices]
+    if isinstance(dataset, Birds):  # drawn: for the sizes, a checksum of every hundredth image
+        sums = [0 if i % 100 else zlib.crc32(dataset[i][0].tobytes()) for i in range(len(dataset))]
+        return [(f"{dataset.split}, seed {dataset.seed}, {i}", sums[i]) for i in range(len(sums))]
+    paths = [Path(path) for path in dataset.paths]
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    return [(path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]
+
+
+def hash_images(*datasets):
+    """Return a hash of the images' names and sizes in their order, the same in a moved folder."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        for name, size in named_sizes(dataset):
+            digest.update(f"{name} {size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
 # --- named data sets --------------------------------------------------------------------------
 
 
@@ -543,6 +568,23 @@ def shuffled_by_class(targets, seed=0):
     return list(by_class.values())
 
 
+class Fold(Subset):
+    """Some of a data set's images, with their classes and what the set knows of each image."""
+
+    def __init__(self, dataset, indices):
+        super().__init__(dataset, indices)
+        self.targets = [dataset.targets[i] for i in indices]
+        for name in ("classes", "parts"):
+            if hasattr(dataset, name):
+                setattr(self, name, getattr(dataset, name))
+        for name in ("regions", "part_map"):
+            if hasattr(dataset, name):
+                setattr(self, name, partial(self.of_image, name))
+
+    def of_image(self, name, index):
+        return getattr(self.dataset, name)(self.indices[index])
+
+
 def hold_out(dataset):
     """Return (training fold, held-out fold): a fifth of each class, at least one image if it has
     two or more."""
@@ -554,7 +596,4 @@ def hold_out(dataset):
         kept += indices[count:]
         held_out += indices[:count]
     require(held_out, "--held-out needs a class with two training images", UserError)
-    subsets = [Subset(dataset, sorted(fold)) for fold in (kept, held_out)]
-    for subset in subsets:
-        subset.targets = [dataset.targets[i] for i in subset.indices]
-    return subsets
+    return [Fold(dataset, sorted(fold)) for fold in (kept, held_out)]

@@ -14,9 +14,10 @@ HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37
 # and colours that they tell apart (Okabe and Ito 2008)
 BLUE, ORANGE, GREY, GREEN, PINK = ((0, 114, 178), (230, 159, 0), (150, 150, 150), (0, 158, 115),
                                    (204, 121, 167))
+SKY, YELLOW, RED = (86, 180, 233), (240, 228, 66), (213, 94, 0)
 COLOURS = {"global loss": BLUE, "local loss": ORANGE, "raw pixels": GREY, "untrained": ORANGE,
            "initial": ORANGE, "trained": BLUE}
-PART_COLOURS = GREY, BLUE, ORANGE, GREEN, PINK  # the first is the ground's
+PART_COLOURS = GREY, BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, RED  # the first is the ground's
 WIDTH, HEIGHT, FRAME = 1200, 340, 133  # of a run's picture, its upper half, a tile's step
 
 
@@ -49,8 +50,11 @@ def kept_patches(mask, image):
 
 
 def part_colours(parts, image):
-    """Colour the part indices of all patches, int64 (N,), over the greyed PIL image."""
-    colours = np.uint8(PART_COLOURS)[square(parts)]
+    """Colour the part indices of all patches, int64 (N,), over the greyed PIL image. After the last
+    colour the second comes again."""
+    parts = square(parts)
+    again = len(PART_COLOURS) - 1
+    colours = np.uint8(PART_COLOURS)[np.where(parts > 0, (parts - 1) % again + 1, 0)]
     colours = Image.fromarray(colours).resize(image.size, Image.NEAREST)
     return Image.blend(ImageOps.grayscale(image).convert("RGB"), colours, 0.65)
 

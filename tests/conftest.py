@@ -71,6 +71,20 @@ def kill_after(monkeypatch, steps):
     return done
 
 
+def kill_after_any(monkeypatch, steps):
+    """Let the training of any method die after so many steps of one run."""
+    done, real = [], train.train_step
+
+    def step_then_die(*args):
+        result = real(*args)
+        done.append(result)
+        if len(done) == steps:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(train, "train_step", step_then_die)
+
+
 def weights(folder):
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["model"]
 

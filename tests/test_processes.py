@@ -65,16 +65,14 @@ def wait_for_rank_0(rank, folder):
     def work():
         if rank == 0:
             time.sleep(2)  # the group's timeout is 1 s
-            Path(folder, "downloaded").touch()
-        assert Path(folder, "downloaded").exists()
-        return rank
+        return {"maps": [b"of rank", rank]}
 
     def fail():
         raise UserError("of rank 0")
 
-    results = [train.rank_0_first(work, rank, 2)]
+    results = [train.by_rank_0(work, rank, 2)]
     try:
-        train.rank_0_first(fail, rank, 2)
+        train.by_rank_0(fail, rank, 2)
     except (UserError, SystemExit) as error:
         results.append(f"{type(error).__name__} {error}")
     return results
@@ -113,8 +111,9 @@ def test_two_ranks_match_loss_and_gradients_of_one(tmp_path, flowers):
     assert files(tmp_path / "whole") == ["checkpoint.pt", "config.json", "metrics.csv", "run.png"]
     check_losses(tmp_path / "whole", train.load_data(str(flowers)).train)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert [rank.pop("waited") for rank in ranks] == [[0, "UserError of rank 0"],
-                                                      [1, "SystemExit 2"]]
+    result = {"maps": [b"of rank", 0]}
+    assert [rank.pop("waited") for rank in ranks] == [[result, "UserError of rank 0"],
+                                                      [result, "SystemExit 2"]]
     for variant in VARIANTS:
         model, (view1, view2) = model_and_views(variant)
         losses, gradients = losses_and_gradients(model, model(view1, view2))
@@ -203,8 +202,9 @@ def check_losses(folder, dataset):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [
     [], ["--method", f"{BASELINES}/cvsa.py:CVSA"],
-    ["--method", f"{BASELINES}/particle.py:PARTICLE", "--method-option", "clusters=2"]],
-    ids=["lodisc", "CVSA", "PARTICLE"])
+    ["--method", f"{BASELINES}/particle.py:PARTICLE", "--method-option", "clusters=2"],
+    ["--method", f"{BASELINES}/released.py:Released"]],
+    ids=["lodisc", "CVSA", "PARTICLE", "Released"])
 def test_torchrun_resumes_bit_exactly_after_sigkill(method, flowers):
     options = ["--data", flowers / "train", *SMALL, "--workers", "1", "--epochs", "12", *method]
     process = subprocess.Popen([*TORCHRUN, *options, "--out", "killed"], text=True,
