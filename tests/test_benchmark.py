@@ -63,7 +63,8 @@ def test_step_calls_train_step(monkeypatch):
     monkeypatch.setattr(train, "train_step", lambda *args: calls.append(args))
     benched = trainer()
     benched.step()
-    (model, parallel, optimizer, scaler, precision, views, _, progress, m), = calls
+    (model, parallel, optimizer, scaler, precision, views, _, progress, m, maps), = calls
+    assert maps == ()
     assert model is parallel is benched.model and optimizer is benched.optimizer
     assert precision is None
     assert isinstance(scaler, torch.amp.GradScaler) and not scaler.is_enabled()
@@ -110,10 +111,13 @@ def test_invalid_settings_raise():
 def test_report(capsys):
     benchmark.main(["--rounds", "1", *SMALL])
     report = capsys.readouterr().out
-    rows = {name: re.search(rf"^{name} +(\d) +(\d) +(\S+) +\S+ +(\S+)$", report, re.M).groups()
-            for name in (*METHODS, "CVSA", "PARTICLE")}
+    rows = {}
+    for name in (*METHODS, *benchmark.BASELINES):
+        pattern = rf"^{re.escape(name)} +(\d) +(\d) +(\S+) +\S+ +(\S+)$"
+        rows[name] = re.search(pattern, report, re.M).groups()
     assert {name: row[:2] for name, row in rows.items()} == {
-        "lodisc": ("2", "4"), "mocov3": ("2", "2"), "CVSA": ("2", "2"), "PARTICLE": ("2", "2")}
+        "lodisc": ("2", "4"), "mocov3": ("2", "2"), "PARTICLE": ("2", "2"),
+        "CVSA (after the abstract)": ("2", "2"), "Released": ("4", "8")}
     for name, (_, _, ms, ratio) in rows.items():
         assert float(ratio) == pytest.approx(float(ms) / float(rows["mocov3"][2]), rel=0.02)
     for part in ("online forward", "momentum, mask", "local", "loss", "backward", "optimiser",

@@ -46,7 +46,7 @@ WORDS = {"epoch", "step", *LoDiscOutput._fields, "loss", "lr", "images_per_secon
          *ARCHITECTURES, *METHODS, *MASKS, *IMPORTANCES, *LOCAL_INPUTS, *NAMES, *train.WEIGHTS,
          *train.parse_args([])[1], *tables.TABLES, "class", "mean", "masks", "export"}
 LEFT_BY_A_RUN = {"config.json", "metrics.csv", "checkpoint.pt", "eval.json", "per_image.json",
-                 "run.png", "masks.png", "parts.png", "encoder.pth"}
+                 "run.png", "masks.png", "parts.png", "encoder.pth", "maps.pt"}
 FENCED = re.compile(r"^ *(```|~~~)(.*)\n((?:.*\n)*?) *\1", re.M)
 NO_NAME = (r"(DIR|RUN|FILE|WEIGHTS|FOLDER|OUT|NAME|CLASS|VALUE|PATH|forward|timm)\b|.*/$|"
            r"[a-z.]+\.(edu|org|gz)\b")

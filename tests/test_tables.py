@@ -212,7 +212,7 @@ def own_store(monkeypatch):
 
 
 def test_held_out_tables_open_no_test_image(flowers, monkeypatch, capsys):
-    assert tables.HELD_OUT == ("recipe", "variants")
+    assert tables.HELD_OUT == ("recipe", "variants", "cvsa")
     for path in (flowers / "test").rglob("*.jpg"):
         path.write_text("no image")
     monkeypatch.setitem(tables.TABLES, "recipe", {"mocov3": ["--method", "mocov3"]})
@@ -264,7 +264,7 @@ def test_table_of_seeds(monkeypatch, capsys):
     small = {**train.RECIPES["birds"], "image_size": 16, "epochs": 2, "batch_size": 20}
     monkeypatch.setitem(train.RECIPES, "birds", small)
     options = ["--workers", "0"]
-    other = [*tables.NEIGHBOURS["CVSA"], *options]
+    other = [*tables.CVSA, *options]
     monkeypatch.setitem(tables.TABLES, "methods", {"lodisc": options, "double": other})
     monkeypatch.setitem(sys.modules, "tables", tables)  # restored afterwards
     real, begun = train.main, []

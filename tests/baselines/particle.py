@@ -1,142 +1,338 @@
-"""PARTICLE as a method file, with LoDisc's encoder, heads, training loop and metrics.
+"""PARTICLE as a method file, with LoDisc's encoder, training loop and metrics.
 
     python train.py --method tests/baselines/particle.py:PARTICLE --method-option clusters=5
 
-We had neither full text nor code of the paper and wrote the method from its abstract. The class
-lists the known departures; there may be others. Shapes as in lodisc.py; K clusters, P rows.
+Saha, Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", arXiv
+2309.13822; written from facts of the authors' code (cvl-umass/PARTICLE, commit 331c92f, MIT), of
+which no line is used. Parts are discovered once, by the frozen initial encoder, then their features
+are contrasted. Shapes as in lodisc.py; n images of a block, M descriptors, K clusters; S = 1 + K
+ids: 0 is the background, 1 to K are parts.
 """
 
+import copy
 import math
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
-from lodisc import (IMPORTANCES, LoDisc, UserError, at_least_float32, contrastive_loss,
-                    require)
+from data.augment import to_tensor
+from lodisc import (MoCoV3, UserError, VisionTransformer, at_least_float32, check_views,
+                    momentum_update, require, resize_positions)
 
-
-def one_hot(assignment: Tensor, clusters: int, dtype) -> Tensor:
-    """Encode cluster indices: int64 (B, N) -> (B, N, K)."""
-    return F.one_hot(assignment, clusters).to(dtype)
-
-
-def cluster(points: Tensor, first: Tensor, clusters: int, iterations: int = 5) -> Tensor:
-    """Cluster the points of each image by k-means with cosine similarity, without random draws.
-
-    points (B, M, D); first int64 (B,), the index of the first centre; each next centre is the point
-    with the smallest maximum cosine to the centres so far. Ties go to the lowest index. An empty
-    cluster keeps its centre. Float32 or wider under any autocast -> assignment (B, M)."""
-    with torch.autocast(points.device.type, enabled=False):
-        points = F.normalize(at_least_float32(points), dim=2)
-        images = torch.arange(len(points), device=points.device)
-        centres = points[images, first][:, None]  # (B, 1, D)
-        nearest = (points @ centres.transpose(1, 2)).squeeze(2)  # (B, M), the maximum cosine so far
-        for _ in range(clusters - 1):
-            centre = points[images, nearest.argmin(1)][:, None]  # (B, 1, D)
-            centres = torch.cat([centres, centre], dim=1)
-            nearest = nearest.maximum((points @ centre.transpose(1, 2)).squeeze(2))
-        for _ in range(iterations):
-            members = one_hot((points @ centres.transpose(1, 2)).argmax(2), clusters, points.dtype)
-            sums = members.transpose(1, 2) @ points  # (B, K, D)
-            empty = members.sum(1)[:, :, None] == 0  # (B, K, 1)
-            centres = torch.where(empty, centres, F.normalize(sums, dim=2))
-        return (points @ centres.transpose(1, 2)).argmax(2)
+BLOCK = 30  # images whose descriptors are clustered together
+MOST = 14  # clusters of a block
+ELBOW = 0.975  # the number of clusters grows until the error falls by less than this factor
+SALIENT, VOTES = 0.065, 0.75  # mean saliency of a foreground cluster, in this fraction of images
 
 
-def cluster_means(tokens: Tensor, assignment: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Average patch tokens (B, N, D) over each cluster -> (B, K, D), and whether it has members,
-    bool (B, K). Float32 or wider under any autocast."""
+# --- k-means ----------------------------------------------------------------------------------
+
+
+def squared_distances(points: Tensor, centres: Tensor) -> Tensor:
+    """(M, D), (K, D) -> (M, K)."""
+    squares = points.square().sum(1, keepdim=True) + centres.square().sum(1)
+    return (squares - 2 * points @ centres.T).clamp_min(0)
+
+
+def first_centres(points: Tensor, clusters: int, generator) -> Tensor:
+    """Draw centres (K, D) by k-means++ (Arthur, Vassilvitskii 2007): each next one is a point drawn
+    in proportion to its squared distance to the nearest centre so far."""
+    chosen = torch.randint(len(points), (1,), generator=generator)
+    nearest = squared_distances(points, points[chosen])[:, 0]  # (M,)
+    for _ in range(clusters - 1):
+        cumulated = nearest.double().cumsum(0)
+        draw = torch.rand(1, generator=generator, dtype=torch.float64).to(points.device)
+        index = torch.searchsorted(cumulated, draw * cumulated[-1], right=True)
+        index = index.clamp_max(len(points) - 1).cpu()
+        chosen = torch.cat([chosen, index])
+        nearest = nearest.minimum(squared_distances(points, points[index])[:, 0])
+    return points[chosen]
+
+
+def kmeans(points: Tensor, clusters: int, generator, restarts=3, tolerance=1e-3):
+    """Cluster points (M, D) by Lloyd's algorithm -> (centres (K, D), assignment int64 (M,), mean
+    squared distance), the best of the restarts; each ends when the distance falls by less than the
+    tolerance.
+
+    Draws come from the (CPU) generator, sums are matrix products: the same result every time. A
+    cluster that becomes empty keeps its centre; of equal distances the lower index counts."""
+    best = None
+    for _ in range(restarts):
+        centres, before = first_centres(points, clusters, generator), math.inf
+        while True:
+            distances, assignment = squared_distances(points, centres).min(1)  # (M,)
+            error = distances.mean().item()
+            if error >= (1 - tolerance) * before:
+                break
+            before = error
+            members = F.one_hot(assignment, clusters).to(points.dtype)  # (M, K)
+            counts = members.sum(0)[:, None]
+            centres = torch.where(counts > 0, members.T @ points / counts.clamp_min(1), centres)
+        if best is None or error < best[2]:
+            best = centres, assignment, error
+    return best
+
+
+# --- part discovery ---------------------------------------------------------------------------
+
+
+def at_twice_the_size(encoder):
+    """Return a copy of the encoder for images of twice its size, its positions interpolated."""
+    sizes = encoder.sizes
+    large = VisionTransformer(2 * encoder.image_size, encoder.patch_size, **sizes)
+    state = dict(encoder.state_dict())
+    side = 2 * encoder.image_size // encoder.patch_size
+    state["pos_embed"] = resize_positions(state["pos_embed"], side)
+    large.load_state_dict(state)
+    return large.to(encoder.cls_token.device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def describe_patches(encoder, images):
+    """images (n, 3, H, W) -> (descriptors (n, N, D), saliency (n, N)), of the last layer: keys of
+    all heads, L2-normalised; the class token's attention, mean over heads, min-max scaled."""
+    keys = []
+
+    def keep(module, inputs, qkv):
+        keys.append(qkv.chunk(3, dim=-1)[1])
+
+    handle = encoder.blocks[-1].attn.qkv.register_forward_hook(keep)
+    try:
+        _, attentions = encoder.with_attention(images, "row")
+    finally:
+        handle.remove()
+    descriptors = F.normalize(keys[0][:, -encoder.num_patches:], dim=2)  # of the patches alone
+    low, high = attentions[-1].aminmax(dim=1, keepdim=True)
+    return descriptors, (attentions[-1] - low) / (high - low).clamp_min(1e-12)
+
+
+def cluster_block(descriptors: Tensor, generator):
+    """First stage: cluster (M, D) into k = 1, 2, ... until another cluster helps little -> (centres
+    (k, D), assignment (M,))."""
+    centres, assignment, error = kmeans(descriptors, 1, generator)
+    for k in range(2, min(MOST, len(descriptors)) + 1):
+        before = error
+        centres, assignment, error = kmeans(descriptors, k, generator)
+        if error > ELBOW * before:
+            break
+    return centres, assignment
+
+
+def salient_clusters(assignment: Tensor, saliency: Tensor, clusters: int) -> Tensor:
+    """assignment int64 (n, N), saliency (n, N) -> bool (k,): which clusters are foreground, by the
+    votes of the images. An image without the cluster does not vote for it."""
+    members = F.one_hot(assignment, clusters).to(saliency.dtype)  # (n, N, k)
+    sums = torch.einsum("npk,np->nk", members, saliency)
+    means = sums / members.sum(1).clamp_min(1)
+    return (means > SALIENT).sum(0) >= VOTES * len(assignment)
+
+
+def block_parts(descriptors: Tensor, saliency: Tensor, clusters: int, generator):
+    """Two stages of k-means on a block: descriptors (n, N, D), saliency (n, N) -> (part ids, uint8
+    (n, N), whether the block has foreground, whether it has background)."""
+    points = descriptors.flatten(0, 1)  # (n N, D)
+    centres, assignment = cluster_block(points, generator)
+    salient = salient_clusters(assignment.view_as(saliency), saliency, len(centres))  # (k,)
+    has_foreground, has_background = bool(salient.any()), not bool(salient.all())
+    if not has_foreground:
+        return torch.zeros_like(saliency, dtype=torch.uint8), False, True
+    foreground = points[salient[assignment]]
+    parts, _, _ = kmeans(foreground, min(clusters, len(foreground)), generator)
+    background = centres[~salient]
+    nearest = squared_distances(points, torch.cat([background, parts])).argmin(1)
+    ids = (nearest - len(background) + 1).clamp_min(0)  # 0 for all background centres
+    return ids.to(torch.uint8).view_as(saliency), True, has_background
+
+
+class Maps(Dataset):
+    """Maps of images, uint8 (H, W), enlarged to each image's size when they are read."""
+
+    def __init__(self, patches: Tensor, sizes):
+        self.patches, self.sizes = patches, sizes  # uint8 (n, N), [(width, height)]
+
+    def __len__(self):
+        return len(self.patches)
+
+    def __getitem__(self, index):
+        side = math.isqrt(self.patches.shape[1])
+        width, height = self.sizes[index]
+        grid = self.patches[index].view(1, side, side)
+        return v2.functional.resize(grid, [height, width], v2.InterpolationMode.NEAREST)[0]
+
+
+@torch.no_grad()
+def discover_parts(encoder, dataset, clusters=5) -> Maps:
+    """Discover the parts of a data set's images, of which no label is read. Prints what was found.
+
+    Blocks of BLOCK images in an order drawn by seed 0 are clustered, each on its own: an id means a
+    part within a block. Images are resized to squares of twice the encoder's size."""
+    large = at_twice_the_size(encoder)
+    device, size = large.cls_token.device, large.image_size
+    prepare = v2.Compose([v2.Resize((size, size)), *to_tensor(encoder.mean, encoder.std)])
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(dataset), generator=generator)
+    sizes, blocks = {}, order.split(BLOCK)
+    patches = torch.zeros(len(dataset), large.num_patches, dtype=torch.uint8)
+    without_foreground = without_background = 0
+    for block in blocks:
+        images = []
+        for index in block.tolist():
+            image = dataset[index][0]
+            sizes[index] = image.size
+            images.append(prepare(image))
+        descriptors, saliency = describe_patches(large, torch.stack(images).to(device))
+        ids, has_foreground, has_background = block_parts(descriptors, saliency, clusters,
+                                                          generator)
+        without_foreground += not has_foreground
+        without_background += not has_background
+        patches[block] = ids.cpu()
+    empty, full = (patches == 0).all(1).sum(), (patches > 0).all(1).sum()
+    print(f"part discovery: {len(dataset)} images in {len(blocks)} blocks; without foreground "
+          f"{without_foreground} blocks, {empty} images; without background {without_background} "
+          f"blocks, {full} images")
+    return Maps(patches, [sizes[index] for index in range(len(dataset))])
+
+
+# --- part loss --------------------------------------------------------------------------------
+
+
+def majority_ids(maps: Tensor, patch_size: int, ids: int) -> Tensor:
+    """Return the id of most of a patch's pixels, ties by the lower: uint8 (B, H, W) -> int64
+    (B, N)."""
+    cover = rearrange(F.one_hot(maps.long(), ids), "b y x s -> b s y x").float()  # (B, S, H, W)
+    return F.avg_pool2d(cover, patch_size).argmax(1).flatten(1)
+
+
+def id_means(tokens: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Average patch tokens (B, N, D) over each id, int64 (B, N) -> (B, S, D), zero for an absent
+    one, and whether it is present, bool (B, S). Float32 or wider under any autocast."""
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = at_least_float32(tokens)
-        members = one_hot(assignment, clusters, tokens.dtype)  # (B, N, K)
-        counts = members.sum(1)  # (B, K)
-        means = members.transpose(1, 2) @ tokens / counts.clamp_min(1)[:, :, None]
+        members = F.one_hot(ids, count).to(tokens.dtype)  # (B, N, S)
+        counts = members.sum(1)  # (B, S)
+        means = members.mT @ tokens / counts.clamp_min(1)[:, :, None]
         return means, counts > 0
+
+
+def part_loss(queries, own, other, present, present_in_other, temperature) -> Tensor:
+    """The loss of one view's parts, a scalar.
+
+    queries (B, S, C), online, of this view; own, other (B, S, C), the momentum side's of this view
+    and of the other; present, present_in_other bool (B, S). The query of id c in image i has the
+    other view's (i, c) as its positive; the denominator has the rows of BOTH views of all images
+    but its own (i, c) of this view. Cosine / temperature; mean over the ids present in this view,
+    of which one that the other view lacks counts 0."""
+    with torch.autocast(queries.device.type, enabled=False):
+        queries = F.normalize(at_least_float32(queries.flatten(0, 1)), dim=1)  # (B S, C)
+        keys = torch.cat([other.flatten(0, 1), own.flatten(0, 1)])
+        keys = F.normalize(at_least_float32(keys.detach()), dim=1)  # (2 B S, C)
+        present, present_in_other = present.flatten(), present_in_other.flatten()
+        logits = queries @ keys.T / temperature  # (B S, 2 B S)
+        rows = torch.arange(len(queries), device=queries.device)
+        counted = torch.cat([present_in_other, present]).repeat(len(rows), 1)
+        counted[rows, len(rows) + rows] = False  # the query's own
+        denominator = logits.masked_fill(~counted, -math.inf).logsumexp(1)
+        losses = denominator - logits[rows, rows]
+        return (losses * (present & present_in_other)).sum() / present.sum()
+
+
+def part_head(in_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, 2048), nn.LayerNorm(2048), nn.ReLU(),
+                         nn.Linear(2048, 256))
 
 
 class PARTICLEOutput(NamedTuple):
     total: Tensor
+    global_loss: Tensor
     part_loss: Tensor
-    shared_parts: Tensor  # fraction of the K clusters that both views of an image have
-    masks: None = None
+    shared_parts: Tensor  # fraction of a view's ids that the other view has
 
 
-class PARTICLE(LoDisc):
-    """Part discovery and contrastive learning: Saha, Maji, "PARTICLE: Part Discovery and
-    Contrastive Learning for Fine-grained Recognition", arXiv 2309.13822.
+class PARTICLE(MoCoV3):
+    """Part discovery once, then contrastive learning of parts and of the class token:
 
-    Patch tokens are clustered, and the clusters of two views of an image contrasted:
+        ids   = `discover_parts` by the initial encoder, carried through each view's crop and flip;
+                a patch has the id of most of its pixels
+        z     = mean of the final patch tokens over an id, the background's too
+        L     = MoCo v3's loss of the class token
+                + weight * (`part_loss` of view 1 + `part_loss` of view 2), queries h(g(z)), keys
+                g'(z') of the momentum side
 
-        a  = k-means of the momentum encoder's patch tokens of BOTH views of an image, K clusters
-        q  = predictor(projector(mean of the online encoder's patch tokens in a cluster))
-        k  = projector(mean of the momentum encoder's patch tokens in it), no gradient
-        L  = ctr(q1, k2) + ctr(q2, k1), a row for every cluster that both views have; all other
-             rows, of the same image and of others, are negatives
+    clusters     parts of an image, K; weight: of the part loss
+    temperature  of the part loss; MoCo v3's is 0.2. --hidden-dim and --output-dim are MoCo v3's too
 
-    clusters  K; the other arguments as for LoDisc (a mask is not used)
-    Encoder passes, over all tokens: two online, two momentum. Departures from the paper:
-    - clustering is repeated at every step, with the current momentum encoder, not in rounds that
-      alternate with training; both views are clustered jointly, so that they correspond
-    - the first centre is the most important patch of view 1, so that no random draw is needed
-    - a ViT's patch tokens replace a convolutional network's pixel representations
-    - negatives are not gathered across ranks, as the numbers of rows differ"""
+    `--method mocov3` is its class-token loss alone. As released: the last layer's keys as
+    descriptors, votes for the foreground, two-stage k-means, heads g and h, the loss, T = 0.1.
+    Departures from the release:
+    - the class token's loss is MoCo v3's, in DINO's place; so is the schedule of the EMA
+    - discovery at twice the training's image size, in squares, in place of native size and stride 4
+    - blocks in an order drawn by seed 0, not that of the folder; saliency of all heads, not of four
+    - k-means by k-means++, best of three, on all descriptors, in place of faiss on every hundredth
+    - no dense CRF on the maps; no rows of absent ids; recipe and evaluation are train.py's and
+      eval.py's (the release evaluates the teacher); negatives are one rank's, as there"""
 
-    def __init__(self, encoder, clusters=5, **options):
+    OPTIONS = ("hidden_dim", "output_dim")
+
+    def __init__(self, encoder, clusters=5, weight=1.0, temperature=0.1, **options):
         super().__init__(encoder, **options)
-        require(1 < clusters <= encoder.num_patches,
-                f"clusters must be in [2, {encoder.num_patches}], got {clusters}", UserError)
-        self.clusters = clusters
+        require(isinstance(clusters, int) and 1 <= clusters <= 255, "clusters must be a whole "
+                f"number in [1, 255], got {clusters}", UserError)
+        require(temperature > 0, f"temperature must be above 0, got {temperature}", UserError)
+        self.clusters, self.weight, self.part_temperature = clusters, weight, temperature
+        self.part_projector = part_head(encoder.dim)  # g
+        self.part_predictor = part_head(256)  # h
+        self.momentum_part_projector = copy.deepcopy(self.part_projector).requires_grad_(False)
 
-    def forward(self, view1, view2, generator=None, progress=0.0):
-        """As `LoDisc.forward` -> PARTICLEOutput."""
+    def annotate(self, dataset):
+        """Return the part ids of each image, uint8 (H, W), in the size of the image."""
+        return discover_parts(self.encoder, dataset, self.clusters)
+
+    def forward(self, view1, view2, generator=None, progress=0.0, *, maps):
+        """As `MoCoV3.forward`; maps: (map1, map2) of the views, uint8 (B, H, W) -> PARTICLEOutput.
+        Encoder passes, over all tokens: two online, two momentum."""
+        check_views(view1, view2)
+        q1, parts1, ids1 = self.queries(view1, maps[0])
+        q2, parts2, ids2 = self.queries(view2, maps[1])
         with torch.no_grad():
-            targets1, importance = self.momentum_tokens(view1)  # (B, N, D), (B, N)
-            targets2, _ = self.momentum_tokens(view2)
-            both_views = torch.cat([targets1, targets2], dim=1)  # (B, 2 N, D)
-            assignment = cluster(both_views, importance.argmax(1), self.clusters)
-            assignment1, assignment2 = assignment.chunk(2, dim=1)  # (B, N)
-        _, tokens1 = self.encoder.tokens(view1)
-        _, tokens2 = self.encoder.tokens(view2)
-        means1, present1 = cluster_means(tokens1, assignment1, self.clusters)  # (B, K, D), (B, K)
-        means2, present2 = cluster_means(tokens2, assignment2, self.clusters)
-        target_means1, _ = cluster_means(targets1, assignment1, self.clusters)
-        target_means2, _ = cluster_means(targets2, assignment2, self.clusters)
-        shared = present1 & present2  # (B, K)
-        loss = self.part_loss(means1[shared], target_means2[shared])
-        loss = loss + self.part_loss(means2[shared], target_means1[shared])
-        return PARTICLEOutput(loss, loss, shared.float().mean())
+            k1, targets1, present1 = self.keys(view1, ids1)
+            k2, targets2, present2 = self.keys(view2, ids2)
+        global_loss = self.contrast(q1, k2) + self.contrast(q2, k1)
+        loss = part_loss(parts1, targets1, targets2, present1, present2, self.part_temperature)
+        loss = loss + part_loss(parts2, targets2, targets1, present2, present1,
+                                self.part_temperature)
+        shared = 2 * (present1 & present2).sum() / (present1.sum() + present2.sum())
+        return PARTICLEOutput(global_loss + self.weight * loss, global_loss, loss, shared)
 
-    def momentum_tokens(self, view):
-        """Return the momentum encoder's patch tokens (B, N, D) and their importance (B, N)."""
-        importance = IMPORTANCES[self.importance]
-        _, tokens, attentions = self.momentum_encoder.encode(view, kind=importance.attention_kind)
-        importance = importance.function(attentions, tokens)
-        return tokens, importance[:, -tokens.shape[1]:]  # never a register's
+    def queries(self, view, view_map):
+        """Online branch -> z_q (B, C), of parts (B, S, 256), the ids of the patches (B, N)."""
+        ids = majority_ids(view_map, self.encoder.patch_size, 1 + self.clusters)
+        features, tokens = self.encoder.tokens(view)
+        means, _ = id_means(tokens, ids, 1 + self.clusters)  # (B, S, D)
+        return (self.predictor(self.projector(features)),
+                self.part_predictor(self.part_projector(means)), ids)
 
-    def part_loss(self, rows, targets):
-        """Contrast online rows with momentum rows, (P, D); 0, still in the graph, for P < 2."""
-        counted = float(len(rows) > 1)
-        if not counted:  # all ranks must run the same layers, for DDP and SyncBatchNorm
-            rows, targets = (torch.cat([x, x.new_zeros(2, x.shape[1])]) for x in (rows, targets))
-        with torch.no_grad():
-            keys = self.momentum_projector(targets)
-        queries = self.predictor(self.projector(rows))  # (P, C)
-        return counted * contrastive_loss(queries, keys, self.temperature)
+    def keys(self, view, ids):
+        """Momentum branch -> z_k (B, C), of parts (B, S, 256), which are present, bool (B, S)."""
+        features, tokens = self.momentum_encoder.tokens(view)
+        means, present = id_means(tokens, ids, 1 + self.clusters)
+        return self.momentum_projector(features), self.momentum_part_projector(means), present
 
-    @torch.no_grad()
+    def update_momentum(self, m):
+        super().update_momentum(m)
+        momentum_update(self.part_projector, self.momentum_part_projector, m)
+
     def pivotal_patches(self, images):
-        """Return the cluster with the greatest mean importance: bool (n, N), to draw."""
-        tokens, importance = self.momentum_tokens(images)
-        assignment = cluster(tokens, importance.argmax(1), self.clusters)  # (n, N)
-        means, present = cluster_means(importance[:, :, None], assignment, self.clusters)
-        most = means.squeeze(2).masked_fill(~present, -math.inf).argmax(1)  # (n,)
-        return assignment == most[:, None]
+        return None  # images have no map here
 
     def chance_levels(self, batch):
-        """Return the loss of equal features if all clusters occur in both views of all images."""
+        """As `MoCoV3.chance_levels`; of the part loss, if all ids are in both views of all images
+        of a rank: 2 log(2 B S - 1)."""
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        rows = batch // ranks * self.clusters
-        return {"part_loss": 2 * 2 * self.temperature * math.log(rows)}
+        rows = 2 * (batch // ranks) * (1 + self.clusters)
+        return {**super().chance_levels(batch), "part_loss": 2 * math.log(rows - 1)}

@@ -24,6 +24,7 @@ sys.path.insert(0, str(TESTS.parent))
 import train  # before torch, as it sets OMP_WAIT_POLICY
 
 import torch
+from einops import repeat
 from torch.utils.data import DataLoader
 
 from data.augment import Batches, TwoViews
@@ -32,8 +33,9 @@ from eval import exit_with_line
 from lodisc import (IMPORTANCES, METHODS, LoDisc, UserError, attention_product, kept_indices,
                     location_mask)
 
-BASELINES = {"CVSA": f"{TESTS}/baselines/cvsa.py:CVSA",
-             "PARTICLE": f"{TESTS}/baselines/particle.py:PARTICLE"}
+BASELINES = {"PARTICLE": f"{TESTS}/baselines/particle.py:PARTICLE",
+             "CVSA (after the abstract)": f"{TESTS}/baselines/cvsa.py:CVSA",
+             "Released": f"{TESTS}/baselines/released.py:Released"}
 PARTS = {"query": "online forward", "key_and_mask": "momentum, mask", "local_key": "local",
          "contrast": "loss"}  # method of LoDisc: name in the report
 
@@ -110,10 +112,18 @@ class Trainer:
             train.compile_encoders(self.model)
         size = settings["image_size"]
         self.views = torch.randn(2, settings["batch_size"], 3, size, size, device=device).unbind()
+        self.maps = ()
+        if hasattr(self.model, "annotate"):  # ids of patches at random, to time the step alone
+            patch_size = settings["patch_size"]
+            side = size // patch_size
+            ids = torch.randint(0, 6, (2, settings["batch_size"], side, side), dtype=torch.uint8)
+            maps = repeat(ids, "v b rows columns -> v b (rows y) (columns x)", y=patch_size,
+                          x=patch_size)
+            self.maps = maps.to(device).unbind()
 
     def step(self):
         train.train_step(self.model, self.model, self.optimizer, self.scaler, self.precision,
-                         self.views, torch.Generator().manual_seed(0), 0.5, 0.99)
+                         self.views, torch.Generator().manual_seed(0), 0.5, 0.99, self.maps)
 
     def count_passes(self):
         """Return the number of encoder passes in a step, each over one view: (online, momentum)."""
@@ -255,10 +265,10 @@ def main(argv=None):
             passes.append(of_passes)
     whole, split, passed = medians(rounds), medians(splits), medians(passes)
 
-    print(f"\n{'a step':<10}{'passes: online':>16}{'momentum':>10}{'ms':>10}{'images/s':>10}"
+    print(f"\n{'a step':<26}{'passes: online':>16}{'momentum':>10}{'ms':>10}{'images/s':>10}"
           f"{'of mocov3':>11}")
     for name, (online, momentum) in counts.items():
-        print(f"{name:<10}{online:>16}{momentum:>10}{whole[name] * 1e3:>10.1f}"
+        print(f"{name:<26}{online:>16}{momentum:>10}{whole[name] * 1e3:>10.1f}"
               f"{batch / whole[name]:>10.1f}{whole[name] / whole['mocov3']:>11.3f}")
     print(f"\n{'lodisc':<16}{'ms':>10}")
     for part in (*PARTS.values(), "backward", "optimiser", "EMA"):

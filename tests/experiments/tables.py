@@ -20,11 +20,9 @@ import argparse
 import csv
 import hashlib
 import json
-import os
 import shutil
 import statistics
 import sys
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +34,6 @@ import train  # before torch, as it sets OMP_WAIT_POLICY
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
 from torchvision.transforms import v2
 
 import eval as evaluation
@@ -44,6 +41,7 @@ import localisation
 import parts
 from data.augment import plain_crop, to_tensor
 from data.birds import Birds
+from data.datasets import hash_images
 from data.draw import example_indices, sheet
 from figure import overview
 from kept import SHOWN, border_fractions, measure, mosaic
@@ -53,7 +51,8 @@ from lodisc import (LoDisc, UserError, load_encoder, location_mask, mask_pixels,
 RUNS, STORE = Path("runs/experiments"), HERE / "results"
 MOCOV3, LOCAL, TWICE = ["--method", "mocov3"], ["--global-weight", "0"], ["--epochs", "twice"]
 BASELINES = ROOT / "tests" / "baselines"
-NEIGHBOURS = {"CVSA": ["--method", f"{BASELINES}/cvsa.py:CVSA"],
+CVSA = ["--method", f"{BASELINES}/cvsa.py:CVSA"]
+NEIGHBOURS = {"CVSA (after the abstract)": CVSA,
               "PARTICLE": ["--method", f"{BASELINES}/particle.py:PARTICLE"]}
 BUILT_IN = "--encoder-lr 2e-5 --crop-min 0.08 --momentum 0.9".split()  # named as in "recipe"
 RECIPE_TRIALS = (  # encoder learning rate, smallest crop, EMA: one factor at a time, then two
@@ -80,6 +79,9 @@ TABLES = {
                  "local weight 2": ["--local-weight", "2"], "blur True": BLUR,
                  "lodisc, 154 px": ["--image-size", "154"],
                  "mocov3, 154 px": [*MOCOV3, "--image-size", "154"]},
+    # held out: the weight of CVSA's alignment loss
+    "cvsa": {f"CVSA (after the abstract), weight {weight}": [
+        *CVSA, "--method-option", f"weight={weight}"] for weight in ("0.03", "0.1", "0.3", "1")},
     # the two best variants on cars98, on its test images with fresh seeds
     "confirmed": {"mocov3": MOCOV3, "lodisc": [], "keep 0.7": KEEP_07,
                   "local weight 0.5": ["--local-weight", "0.5"]},
@@ -88,7 +90,7 @@ for trial in RECIPE_TRIALS:
     lr, crop, ema = trial.split()
     TABLES["recipe"][f"encoder-lr {lr}, crop-min {crop}, momentum {ema}"] = [
         *MOCOV3, "--encoder-lr", lr, "--crop-min", crop, "--momentum", ema]
-HELD_OUT = ("recipe", "variants")
+HELD_OUT = ("recipe", "variants", "cvsa")
 SCRATCH = "from scratch"
 COLUMNS = {name: place for name, place in evaluation.METRICS.items() if name != "top-5"}
 WHERE = {"on the bird": ("localisation", "object"), "on its parts": ("localisation", "parts"),
@@ -146,25 +148,9 @@ def init_hash(init, momentum=False):
     return weights_hash(load_encoder(train.weights_file(init), momentum))
 
 
-def image_files(dataset):
-    """Return [(name, bytes)] of a data set's images; names are relative to their common folder."""
-    if isinstance(dataset, Subset):
-        files = image_files(dataset.dataset)
-        return [files[i] for i in dataset.indices]
-    if isinstance(dataset, Birds):  # drawn: for the sizes, a checksum of every hundredth image
-        sums = [0 if i % 100 else zlib.crc32(dataset[i][0].tobytes()) for i in range(len(dataset))]
-        return [(f"{dataset.split}, seed {dataset.seed}, {i}", sums[i]) for i in range(len(sums))]
-    paths = [Path(path) for path in dataset.paths]
-    root = Path(os.path.commonpath([path.parent for path in paths]))
-    return [(path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]
-
-
 def describe_images(data):
-    digest = hashlib.sha256()
-    for split in (data.train, data.test):
-        for name, size in image_files(split):
-            digest.update(f"{name} {size}\n".encode())
-    return f"{len(data.train)} + {len(data.test)} images, {digest.hexdigest()[:16]}"
+    return (f"{len(data.train)} + {len(data.test)} images, "
+            f"{hash_images(data.train, data.test)}")
 
 
 def describe_device(device, amp, width):
