@@ -175,7 +175,8 @@ def run_sheet(history, levels, metrics, images, film):
     history  a row per epoch, as in metrics.csv; its losses are drawn, or else the total
     levels   {loss: chance level}, dashed
     metrics  {"raw pixels", "untrained" or "initial", "trained": {metric: value}}, or none of them
-    images   n PIL images of one size; film: [(epoch, masks (n, N))], up to eight of them drawn
+    images   n PIL images of one size; film: [(epoch, masks (n, N))], up to eight of them drawn; if
+             empty, no images are drawn
     """
     names = [name for name in history[0] if name.endswith("loss")] or ["total"]
     losses = {}
@@ -185,7 +186,8 @@ def run_sheet(history, levels, metrics, images, film):
     last = min(SHOWN, len(film)) - 1
     film = [film[round(i * (len(film) - 1) / max(1, last))] for i in range(last + 1)]
     font, large = ImageFont.load_default(14), ImageFont.load_default(16)
-    page = Image.new("RGB", (WIDTH, HEIGHT + 40 + FRAME * len(images)), "white")
+    height = HEIGHT + 40 + FRAME * len(images) if film else HEIGHT
+    page = Image.new("RGB", (WIDTH, height), "white")
     pen = ImageDraw.Draw(page)
     curves(pen, (70, 40, WIDTH // 2 - 40, HEIGHT - 60), losses, levels, "chance level", font)
     box = (WIDTH // 2 + 30, 40, WIDTH - 20, HEIGHT - 60)
@@ -193,6 +195,8 @@ def run_sheet(history, levels, metrics, images, film):
         bars(pen, box, metrics, font)
     else:
         pen.text((box[0], box[1]), "not evaluated", "black", large)
+    if not film:
+        return page.quantize(256)  # a third of the bytes
     step = min(FRAME, WIDTH // (len(film) + 1))
     pen.text((WIDTH, HEIGHT - 6), "patches kept (momentum encoder)", GREY, font, anchor="rb")
     heads = ["image", *(f"epoch {epoch}" for epoch, _ in film)]
@@ -203,4 +207,4 @@ def run_sheet(history, levels, metrics, images, film):
         row = [tile, *(kept_patches(masks[y], tile) for _, masks in film)]
         for x, frame in enumerate(row):
             page.paste(frame, (x * step + GAP, HEIGHT + 32 + y * step))
-    return page.quantize(256)  # a third of the bytes
+    return page.quantize(256)

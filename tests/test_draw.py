@@ -10,7 +10,7 @@ from PIL import Image
 
 import train
 from data.draw import (BLUE, FRAME, GAP, GREY, HEIGHT, ORANGE, PART_COLOURS, WIDTH, colours_of,
-                       example_indices, mask_sheet, run_sheet)
+                       example_indices, mask_sheet, part_colours, run_sheet)
 from data.draw import sheet as rows_sheet
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +104,7 @@ def test_chance_level_is_dashed_at_its_height():
 def test_total_is_drawn_for_method_without_loss_fields():
     page = run_sheet([{"epoch": 1, "total": 3.0}, {"epoch": 2, "total": 1.0}], {}, None,
                      [Image.new("RGB", (16, 16))] * 8, [])
+    assert page.size == (WIDTH, HEIGHT)  # a method without masks has no film
     panel = np.asarray(page.convert("RGB")).astype(int)[40:HEIGHT - 55, 75:WIDTH // 2 - 40]
     rows, columns = near(panel, colours_of(["total"])["total"]).nonzero()
     assert rows[columns > columns.max() - 20].mean() - rows[columns < 260].mean() > 100
@@ -115,6 +116,14 @@ def test_example_indices_spread_over_the_images(n):
     indices = example_indices([0] * n)
     assert len(indices) == 8 and indices == sorted(indices) and set(indices) <= set(range(n))
     assert len(set(indices)) == min(n, 8) and indices[-1] >= n * 7 // 8
+
+
+def test_ids_have_distinct_colours_and_more_ids_repeat_them_but_the_grounds():
+    image = Image.new("RGB", (90, 90))
+    ids = torch.arange(9).view(1, 9)
+    page = np.asarray(part_colours(ids[0], image))
+    seen = [tuple(page[30 * (i // 3) + 15, 30 * (i % 3) + 15]) for i in range(9)]
+    assert len(set(seen[:8])) == 8 and seen[8] == seen[1]
 
 
 def test_unknown_losses_have_distinct_colours():

@@ -126,7 +126,7 @@ def main(argv=None):
     evaluation.picture_format(path)  # before it is drawn
     data = evaluation.read_data(args, config)
     require(hasattr(data.train, "part_map"), f"--data {args.data} has no part maps; the drawn "
-            "birds have (--data synthetic, of a run without --held-out)", UserError)
+            "birds have (--data synthetic)", UserError)
     require(2 <= args.shots <= len(data.train), f"--shots must be in [2, {len(data.train)}], got "
             f"{args.shots}", UserError)
     encoders = evaluation.compared_encoders(config, encoder)
