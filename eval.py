@@ -32,7 +32,7 @@ from data.augment import Plain, Preprocessing, cropped_maps, decode_map, plain_c
 from data.birds import BIRD
 from data.datasets import (check_headers, data_name, default_workers, fitting_workers, hash_images,
                            load_data, naming_dead_workers, open_image)
-from data.draw import example_indices, mask_sheet, sheet
+from data.draw import PART_COLOURS, example_indices, mask_sheet, sheet
 from lodisc import (METHODS, NORMALISATIONS, MoCoV3, UserError, VisionTransformer, load_encoder,
                     location_mask, patch_importance, read_weights, require)
 
@@ -493,6 +493,7 @@ def build_model(config, fresh=True):
         names = ("image_size", "patch_size", "dim", "depth", "heads", "registers", "eps")
         encoder = VisionTransformer(**{name: sizes[name] for name in names},
                                     learned_positions=has_init, train_projection=has_init)
+    encoder.mean, encoder.std = config["mean"], config["std"]  # --normalise's, if given
     method = load_method(config["method"])
     options = {name: config[name] for name in method.OPTIONS}
     try:
@@ -553,7 +554,7 @@ def parse_args(argv=None):
     add("what", choices=["linear", "knn", "retrieval", "all", "masks", "export"])
     add("checkpoint", type=lambda text: Path(weights_file(text)),
         help=f"a run's folder, its checkpoint.pt, published weights, or {', '.join(WEIGHTS)}")
-    add("images", nargs="*", type=Path, help="masks: image files in place of eight test images")
+    add("images", nargs="*", type=Path, help="masks: image files in place of eight of the data set")
     add("--data", help="a data set by name, or a folder; default: the run's")
     add("--data-root", help="folder of the named data sets; default: the run's")
     add("--features", choices=["class", "mean"], default="class", help="token, or mean of patches")
@@ -676,24 +677,27 @@ def load_masks_model(args, encoder, config):
     load_state(model, args.checkpoint)
     require(hasattr(model, "momentum_encoder"), f"--method {config['method']} has no "
             "momentum_encoder, whose attention is drawn", UserError)
-    model.momentum_encoder.mean, model.momentum_encoder.std = encoder.mean, encoder.std
     return model
 
 
 def read_own_maps(args, config):
-    """Return a run's training images and the maps that its method made of them, or None if they are
-    not at hand, or if the command line asks for other images."""
-    folder, data = run_folder(args), config["data"]
+    """Return a run's data and the maps that its method made of the training images, or None if
+    there are none in its folder, or if --data names other images."""
+    folder, name = run_folder(args), config["data"]
     if args.data is not None:
-        data = data_name(args.data)
+        name = data_name(args.data)
     if not (folder / "maps.pt").exists():
         print(f"no maps.pt in {folder}: drawing test images, which have no map")
         return None
-    images = load_data(data, args.data_root or config["data_root"],
-                       held_out=config["held_out"]).train
-    if data != config["data"] and hash_images(images) != read_weights(folder / "maps.pt")["images"]:
+    try:
+        data = load_data(name, args.data_root or config["data_root"], held_out=config["held_out"])
+        maps = read_maps(folder, data.train)
+    except UserError:
+        if name == config["data"]:
+            raise
         return None
-    return images, read_maps(folder, images)
+    args.data = config["data"]  # though its folder may have moved
+    return data, maps
 
 
 def map_page(model, dataset, maps):
@@ -703,8 +707,10 @@ def map_page(model, dataset, maps):
     crop = v2.Compose(plain_crop(size))
     images = [crop(dataset[i][0]) for i in indices]
     cropped = cropped_maps(lambda i: decode_map(maps[i]), indices, size)  # (n, H, W)
-    rows = {"training\nimage": (images, None), "its map,\n0: grey": (images,
-                                                                   cropped.flatten(1).long())}
+    values = cropped.flatten(1).long()
+    if values.max() >= len(PART_COLOURS):  # no parts, or too many
+        values = values.float()
+    rows = {"training\nimage": (images, None), "its map": (images, values)}
     if hasattr(model, "drawn_views"):
         pixels = torch.stack([v2.functional.to_image(image) for image in images]).float() / 255
         for name, views in model.drawn_views(pixels, cropped).items():
@@ -720,36 +726,48 @@ def draw_masks(args, encoder, config, device):
     path = output_path(args, config, "masks.png")
     picture_format(path)  # before it is drawn
     model = load_masks_model(args, encoder, config).to(device).eval()
-    if hasattr(model, "annotate") and not args.images:
-        images_and_maps = read_own_maps(args, config)
-        if images_and_maps:
-            save_picture(map_page(model, *images_and_maps), path)
-            print(f"wrote {path}")
-            return
-    encoder = model.momentum_encoder
-    importance, keep_ratio = config.get("importance", "product"), config.get("keep_ratio", 0.3)
+    own = None  # data and maps
     if args.images:
         images = [open_image(image) for image in args.images]
     else:
-        test = read_data(args, config).test
-        images = [test[i][0] for i in example_indices(test.targets)]
-        if hasattr(test, "regions"):
-            masks = location_masks(encoder, test, importance, keep_ratio, args.workers)
-            cover = patch_cover(test, encoder.image_size, encoder.patch_size)
-            place = {"object_cover": object_cover(masks, cover),
-                     "border_fraction": border_fraction(masks)}
-            chance = border_fraction(torch.ones_like(masks))
-            print(f"object cover {place['object_cover']:.2f} (chance level 1), border fraction "
-                  f"{place['border_fraction']:.2f} (chance level {chance:.2f})")
-            save_metrics(args, config, {"momentum encoder": {"masks": place}})
+        if hasattr(model, "annotate"):
+            own = read_own_maps(args, config)
+        data = own[0] if own else read_data(args, config)
+        if hasattr(data.test, "regions"):
+            measure_place(args, model.momentum_encoder, config, data.test)
+        if not own:
+            images = [data.test[i][0] for i in example_indices(data.test.targets)]
+    if own:
+        page = map_page(model, data.train, own[1])
+    else:
+        page = attention_page(model, config, images)
+    save_picture(page, path)
+    print(f"wrote {path}")
+
+
+def measure_place(args, encoder, config, dataset):
+    """Print and save where the location masks of all images lie, of a data set with regions."""
+    importance, keep_ratio = config.get("importance", "product"), config.get("keep_ratio", 0.3)
+    masks = location_masks(encoder, dataset, importance, keep_ratio, args.workers)
+    cover = patch_cover(dataset, encoder.image_size, encoder.patch_size)
+    place = {"object_cover": object_cover(masks, cover), "border_fraction": border_fraction(masks)}
+    chance = border_fraction(torch.ones_like(masks))
+    print(f"object cover {place['object_cover']:.2f} (chance level 1), border fraction "
+          f"{place['border_fraction']:.2f} (chance level {chance:.2f})")
+    save_metrics(args, config, {"momentum encoder": {"masks": place}})
+
+
+def attention_page(model, config, images):
+    """Draw images, their importance by the momentum encoder, and the method's pivotal patches."""
+    encoder = model.momentum_encoder
     images = [v2.Compose(plain_crop(encoder.image_size))(image) for image in images]
     normalise = v2.Compose(to_tensor(encoder.mean, encoder.std))
     batch = torch.stack([normalise(image) for image in images])
-    masks = model.pivotal_patches(batch.to(device))
+    masks = model.pivotal_patches(batch.to(encoder.cls_token.device))
     if masks is not None:
         masks = masks.cpu()
-    save_picture(mask_sheet(images, importance_of(encoder, batch, importance), masks), path)
-    print(f"wrote {path}")
+    importance = importance_of(encoder, batch, config.get("importance", "product"))
+    return mask_sheet(images, importance, masks)
 
 
 def export(args, encoder, config):

@@ -529,13 +529,13 @@ def restore(state, checkpoint):
     for name, part in state.items():
         if checkpoint[name]:  # the scaler's is empty if the run had none
             part.load_state_dict(checkpoint[name])
-    torch.set_rng_state(checkpoint["random"])  # unused here, for forks
+    torch.set_rng_state(checkpoint["random"])  # of dropout, in a method of one's own
     return checkpoint["step"], checkpoint["history"], checkpoint["film"]
 
 
 def remove_parts(folder):
     """Remove the temporary files of a killed run."""
-    for name in ("checkpoint.pt", "maps.pt", "metrics.csv", "config.json", "run.png"):
+    for name in ("checkpoint.pt", "metrics.csv", "config.json", "run.png"):
         for part in folder.glob(f".{name}.*"):
             part.unlink()
 
@@ -707,13 +707,19 @@ class Run:
         """Return the map of each training image, as in `augment.TwoViews`: the method's own by the
         initial weights, which a resumed run reads from maps.pt, as they have moved since."""
         if self.checkpoint:
+            steps = len(self.data.train) // self.config["batch_size"]
+            if self.checkpoint["step"] == self.config["epochs"] * steps:
+                return None  # finished: to be evaluated
             return read_maps(self.folder, self.data.train)
+        print(f"making the maps of {len(self.data.train)} images")
         begun = time.monotonic()
         model = self.model.to(self.device).eval()
         with torch.no_grad(), augment.seeded(self.config["seed"]):
             maps = [augment.encode_map(image_map) for image_map in model.annotate(self.data.train)]
-        require(len(maps) == len(self.data.train), f"annotate made {len(maps)} maps of "
-                f"{len(self.data.train)} images")
+        sizes = [augment.decode_map(png).size for png in maps]
+        expected = [self.data.train[i][0].size for i in range(len(self.data.train))]
+        require(sizes == expected, "annotate must make a map for each image, of its size; images: "
+                f"{len(expected)}, {expected[:3]}..., maps: {len(sizes)}, {sizes[:3]}...")
         save_maps(self.folder, maps, self.data.train)
         print(f"maps of {len(maps)} images in {time.monotonic() - begun:.0f} s, in "
               f"{self.folder / 'maps.pt'}")
@@ -771,15 +777,12 @@ def main(argv=None):
         if run.rank > 0:
             raise SystemExit(2) from None
         raise run.interrupted() from None
-    except UserError:
+    except Exception as error:
         run.clean_up()
-        raise
-    except RuntimeError as error:
         lost = re.search("by peer|Connection reset|Broken pipe", str(error))
-        if run.processes == 1 or not lost:
-            raise
-        run.clean_up()
-        raise UserError(f"rank {run.rank} ends, as it lost another process") from None
+        if run.processes > 1 and isinstance(error, RuntimeError) and lost:
+            raise UserError(f"rank {run.rank} ends, as it lost another process") from None
+        raise
 
 
 if __name__ == "__main__":

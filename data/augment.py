@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+from data.datasets import opened
 from lodisc import require
 
 ORDER, AUGMENTATION, MASK_NOISE = range(3)  # what a seed is for: no two purposes share a stream
@@ -110,7 +111,9 @@ def cropped_maps(read, indices, image_size):
 
 
 def encode_map(image_map):
-    """Return a map, uint8 (H, W), as the bytes of a PNG file."""
+    """Return a map, uint8 (H, W), a tensor, array or "L" image, as the bytes of a PNG file."""
+    if isinstance(image_map, torch.Tensor):
+        image_map = image_map.cpu()
     values = np.asarray(image_map)
     require(values.dtype == np.uint8 and values.ndim == 2, "expected a map of uint8 (H, W), got "
             f"{values.dtype} {values.shape}")
@@ -121,7 +124,9 @@ def encode_map(image_map):
 
 def decode_map(png):
     """Return the map in the bytes of a PNG file, an "L" image."""
-    return Image.open(io.BytesIO(png))
+    with opened(io.BytesIO(png)) as image:
+        image.load()
+        return image
 
 
 class TwoViews(Dataset):

@@ -413,6 +413,8 @@ def named_sizes(dataset):
     if isinstance(dataset, Birds):  # drawn: for the sizes, a checksum of every hundredth image
         sums = [0 if i % 100 else zlib.crc32(dataset[i][0].tobytes()) for i in range(len(dataset))]
         return [(f"{dataset.split}, seed {dataset.seed}, {i}", sums[i]) for i in range(len(sums))]
+    if not hasattr(dataset, "paths"):  # of one's own, without files
+        return [(str(i), 0) for i in range(len(dataset))]
     paths = [Path(path) for path in dataset.paths]
     root = Path(os.path.commonpath([path.parent for path in paths]))
     return [(path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]

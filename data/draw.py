@@ -50,11 +50,8 @@ def kept_patches(mask, image):
 
 
 def part_colours(parts, image):
-    """Colour the part indices of all patches, int64 (N,), over the greyed PIL image. After the last
-    colour the second comes again."""
-    parts = square(parts)
-    again = len(PART_COLOURS) - 1
-    colours = np.uint8(PART_COLOURS)[np.where(parts > 0, (parts - 1) % again + 1, 0)]
+    """Colour the part indices of all patches, int64 (N,), over the greyed PIL image."""
+    colours = np.uint8(PART_COLOURS)[square(parts)]
     colours = Image.fromarray(colours).resize(image.size, Image.NEAREST)
     return Image.blend(ImageOps.grayscale(image).convert("RGB"), colours, 0.65)
 

@@ -32,7 +32,8 @@ FIRST = {  # the tests most likely to notice come first
     "eval.py": "loop eval train weights maps", "data/augment.py": "data maps loop",
     "data/datasets.py": "datasets folders images data maps",
     "data/birds.py": "data parts", "data/draw.py": "draw",
-    "tests/baselines/particle.py": "particle maps cvsa", "tests/baselines/cvsa.py": "cvsa maps",
+    "tests/baselines/particle.py": "particle maps", "tests/baselines/cvsa.py": "cvsa maps",
+    "tests/baselines/part_discovery.py": "particle maps cvsa",
     "tests/baselines/released.py": "released maps"}
 LEFT_OUT = ("test_assignment.py", "test_planted.py")
 
@@ -135,7 +136,7 @@ DEFECTS = [Defect(*row) for row in [
     ("train.py", "        if checkpoint[name]:  # the",
      '        if checkpoint[name] and name != "optimizer":  # the',
      "--resume forgets the optimiser's state"),
-    ("train.py", '    torch.set_rng_state(checkpoint["random"])  # unused here, for forks\n', "",
+    ("train.py", '    torch.set_rng_state(checkpoint["random"])', "    pass",
      "--resume forgets the random state"),
     ("train.py", "self.sums / max(1, self.done - self.skipped)", "self.sums / max(1, self.done)",
      "skipped steps count in the mean loss"),
@@ -428,8 +429,11 @@ DEFECTS = [Defect(*row) for row in [
      "maps do not reach the views"),
     ("train.py", "generator, progress, maps=tuple(maps))", "generator, progress, maps=maps[::-1])",
      "maps of the views exchanged on their way to the method"),
-    ("train.py", "        if self.checkpoint:\n            return read_maps",
-     "        if False:\n            return read_maps",
+    ("train.py", "return None  # finished: to be evaluated", "pass",
+     "maps needed by a finished run"),
+    ("train.py", "        require(sizes == expected,", "        require(True,",
+     "maps of any size accepted"),
+    ("train.py", "            return read_maps(self.folder, self.data.train)", "            pass",
      "maps made anew by a resumed run"),
     ("train.py", "with torch.no_grad(), augment.seeded(self.config[\"seed\"]):\n            maps",
      "with torch.no_grad():\n            maps", "annotation moves the random stream"),
@@ -438,22 +442,24 @@ DEFECTS = [Defect(*row) for row in [
      "shared = [message or {\"result\": None}]", "maps do not reach other processes"),
     ("eval.py", 'stored.get("images") == hash_images(dataset)', "True",
      "maps of other images accepted"),
-    ("eval.py", 'held_out=config["held_out"]).train', "held_out=False).train",
+    ("eval.py", 'config["data_root"], held_out=config["held_out"])', 'config["data_root"])',
      "maps of a run with --held-out drawn on other images"),
     ("eval.py", "decode_map(maps[i]), indices, size)", "decode_map(maps[i]), range(8), size)",
      "maps drawn on other images"),
+    ("eval.py", 'encoder.mean, encoder.std = config["mean"], config["std"]', "pass",
+     "--normalise does not reach the maps"),
     # --- the method files of tests/baselines --------------------------------------------------
-    ("tests/baselines/particle.py", "means > SALIENT", "means >= 0", "every cluster is foreground"),
-    ("tests/baselines/particle.py", ">= VOTES * len(assignment)", "> 0", "one vote is enough"),
-    ("tests/baselines/particle.py", "error > ELBOW * before", "error > before",
+    ("tests/baselines/part_discovery.py", "means > SALIENT", "means >= 0", "every cluster is foreground"),
+    ("tests/baselines/part_discovery.py", ">= VOTES * len(assignment)", "> 0", "one vote is enough"),
+    ("tests/baselines/part_discovery.py", "error > ELBOW * before", "error > before",
      "always as many clusters as allowed"),
-    ("tests/baselines/particle.py", "qkv.chunk(3, dim=-1)[1]", "qkv.chunk(3, dim=-1)[0]",
+    ("tests/baselines/part_discovery.py", "qkv.chunk(3, dim=-1)[1]", "qkv.chunk(3, dim=-1)[0]",
      "queries as descriptors"),
-    ("tests/baselines/particle.py", "ids = (nearest - len(background) + 1).clamp_min(0)",
+    ("tests/baselines/part_discovery.py", "ids = (nearest - len(background) + 1).clamp_min(0)",
      "ids = (nearest - len(background)).clamp_min(0)", "a part is background"),
-    ("tests/baselines/particle.py", "order = torch.randperm(len(dataset), generator=generator)",
+    ("tests/baselines/part_discovery.py", "order = torch.randperm(len(dataset), generator=generator)",
      "order = torch.arange(len(dataset))", "blocks in the order of the data set"),
-    ("tests/baselines/particle.py", "patches[block] = ids.cpu()",
+    ("tests/baselines/part_discovery.py", "patches[block] = ids.cpu()",
      "patches[block.sort()[0]] = ids.cpu()",
      "maps in another order"),
     ("tests/baselines/particle.py", "counted[rows, len(rows) + rows] = False", "pass",
@@ -580,7 +586,7 @@ def main(argv=None):
                 part.replace(STORE)
         return test
 
-    unchanged = Defect("train.py", "# unused here, for forks", "# for forks", "nothing")
+    unchanged = Defect("train.py", "# of dropout, in a method of one's own", "# of dropout", "nothing")
     failed = plant(unchanged)
     if failed:
         raise SystemExit(f"{failed} fails without any defect")

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cvsa import CVSA, alignment_loss, foreground_boxes, is_pasted, swap_foregrounds
-from lodisc import VisionTransformer, contrastive_loss, create_vit
+from lodisc import UserError, VisionTransformer, contrastive_loss, create_vit
+from part_discovery import discover_parts
 from test_particle import Pictures, drawing
 
 
@@ -164,7 +165,6 @@ def test_foreground_is_that_of_the_parts_and_no_label_is_read():
     maps = list(model.annotate(pictures))
     assert all(image_map.shape == (24 + i, 30) for i, image_map in enumerate(maps))
     assert {value for image_map in maps for value in image_map.unique().tolist()} <= {0, 1}
-    from particle import discover_parts
     parts = list(discover_parts(model.encoder, pictures))
     assert all(torch.equal(image_map > 0, part > 0) for image_map, part in zip(maps, parts))
     other = model.annotate(Pictures(32, list(range(32))[::-1]))
@@ -184,3 +184,9 @@ def test_drawn_views_frame_the_pasted_box():
             rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero()
             assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (
                 top, bottom, left, right)
+
+
+@pytest.mark.parametrize("weight", ["abc", -0.1])
+def test_invalid_weight_raises(weight):
+    with pytest.raises(UserError, match="weight must be a number from 0"):
+        small(weight=weight)

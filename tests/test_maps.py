@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from conftest import Killed, kill_after_any, same, weights
 from data.augment import Preprocessing, TwoViews, decode_map, encode_map
 from data.birds import Birds
 from data.datasets import Fold, hash_images, load_data
-from lodisc import UserError
+from lodisc import UserError, create_vit
 
 ROOT = Path(__file__).parent.parent
 BASELINES = ROOT / "tests" / "baselines"
@@ -247,10 +248,27 @@ def test_initial_weights_annotate_in_float32_without_gradient(mapped, monkeypatc
     assert float(Path("annotated.txt").read_text(encoding="utf-8")) == pytest.approx(total)
 
 
-def test_wrong_number_of_maps_raises(mapped):
-    Path("mapped.py").write_text(MAPPED.replace("range(len(dataset))", "range(5)"))
-    with pytest.raises(ValueError, match="annotate made 5 maps of 36 images"):
+@pytest.mark.parametrize("old, new", [
+    ("range(len(dataset))", "range(5)"), ("np.uint8(pixels[..., 0]", "np.uint8(pixels[1:, :, 0]"),
+    ("np.uint8(pixels[..., 0] > 120)", "np.uint8(pixels[..., 0].T > 120)")])
+def test_maps_of_other_number_or_size_raise(mapped, old, new):
+    Path("mapped.py").write_text(MAPPED.replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match="a map for each image, of its size; images: 36, "):
         train.main([*mapped, "--out", "run"])
+    assert not Path("run").exists()
+
+
+def test_maps_see_the_images_as_training_does(mapped):
+    """--normalise says how, for weights that do not."""
+    torch.save(create_vit("vit_nano", 16, 8).state_dict(), "weights.pth")
+    shown = MAPPED.replace("torch.rand(3)", "print(list(self.encoder.mean), list(self.encoder.std))")
+    Path("mapped.py").write_text(shown, encoding="utf-8")
+    options = [*mapped[:2], *mapped[6:], "--init", "weights.pth", "--heads", "3", "--image-size",
+               "16"]
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        train.main([*options, "--normalise", "half", "--out", "run"])
+    assert "[0.5, 0.5, 0.5] [0.5, 0.5, 0.5]" in printed.getvalue()
 
 
 @pytest.mark.parametrize("held_out", [[], ["--held-out"]])
@@ -290,6 +308,14 @@ def test_resumed_run_without_its_maps_or_with_others_says_so(mapped, monkeypatch
     assert "\n" not in str(error.value) and Path("part/checkpoint.pt").exists()
 
 
+def test_finished_run_is_evaluated_again_without_its_maps(mapped, quick_probe):
+    train.main([*mapped, "--out", "run"])
+    Path("run/maps.pt").unlink()
+    Path("run/eval.json").unlink()
+    train.main(["--resume", "run"])
+    assert Path("run/eval.json").exists() and not Path("run/maps.pt").exists()
+
+
 def test_run_without_annotate_has_no_maps(flowers, elsewhere, monkeypatch):
     seen, real = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda *args: seen.append(args[-1]) or real(*args))
@@ -308,6 +334,7 @@ def test_masks_of_a_run_with_maps_are_of_training_images(mapped, monkeypatch, ca
     assert Path("run/masks.png").is_file()
     page, = pages
     (images, nothing), (_, maps) = page.values()
+    assert maps.dtype == torch.int64
     dataset = load_data(str(Path("flowers").resolve())).train
     assert nothing is None and len(images) == 8 and maps.shape == (8, 256)
     shown = train.example_indices(dataset.targets)
@@ -331,6 +358,43 @@ def test_masks_of_moved_and_of_other_data(mapped, monkeypatch, tmp_path):
     image.write_bytes(image.read_bytes() + b"\0")
     evaluation.main(["masks", "run", "--data", "other", "--workers", "0"])
     assert len(pages) == 1
+    torch.save({"x": 1}, "run/maps.pt")
+    evaluation.main(["masks", "run", "--data", "other", "--workers", "0"])
+    with pytest.raises(UserError, match="maps.pt is of images with other"):
+        Path("moved").rename("flowers")
+        evaluation.main(["masks", "run", "--workers", "0"])
+
+
+def test_masks_of_saliency_are_a_heat_map(mapped, monkeypatch):
+    pages, real = [], evaluation.sheet
+    monkeypatch.setattr(evaluation, "sheet", lambda rows: pages.append(rows) or real(rows))
+    Path("mapped.py").write_text(MAPPED.replace("pixels[..., 0] > 120", "pixels[..., 0]"),
+                                 encoding="utf-8")
+    train.main([*mapped, "--out", "run"])
+    evaluation.main(["masks", "run", "--workers", "0"])
+    (_, maps) = pages[0]["its map"]
+    assert maps.dtype == torch.float32 and maps.max() > 200
+
+
+def test_masks_of_an_unlabelled_run_with_maps(mapped):
+    train.main(["--data", "flowers/train/class 0", *mapped[2:], "--out", "run"])
+    evaluation.main(["masks", "run", "--workers", "0"])
+    assert Path("run/masks.png").is_file()
+
+
+def test_masks_of_a_held_out_run_on_data_of_one_class(mapped):
+    train.main([*mapped, "--held-out", "--out", "run"])
+    for split in ("train", "test"):
+        shutil.copytree("flowers/test/class 0", f"one/{split}/class 0")
+    evaluation.main(["masks", "run", "--data", "one", "--workers", "0"])
+
+
+def test_place_of_the_masks_is_measured_with_maps_too(few_birds, elsewhere):
+    Path("mapped.py").write_text(MAPPED, encoding="utf-8")
+    train.main([*SMALL, "--method", "mapped.py:Mapped", "--epochs", "1", "--out", "run"])
+    evaluation.main(["masks", "run", "--workers", "0"])
+    results = json.loads(Path("run/eval.json").read_text(encoding="utf-8"))
+    assert set(results["masks"]) == {"object_cover", "border_fraction"}
 
 
 # --- the method files -------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
 
-import particle
+import part_discovery
 from lodisc import MoCoV3, UserError, VisionTransformer, create_vit
-from particle import (PARTICLE, Maps, at_twice_the_size, block_parts, cluster_block,
-                      describe_patches, discover_parts, id_means, kmeans, majority_ids, part_loss,
-                      salient_clusters)
+from part_discovery import (Maps, at_twice_the_size, block_parts, cluster_block, describe_patches,
+                            discover_parts, kmeans, majority_ids, salient_clusters)
+from particle import PARTICLE, id_means, part_loss
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -80,6 +80,23 @@ def test_kmeans_takes_the_best_restart():
     assert kmeans(points, 12, drawing(0), restarts=5)[2] == min(errors)
 
 
+def test_features_that_are_not_finite_are_a_mistake_of_the_user():
+    model, _, _ = small()
+    with torch.no_grad():
+        model.encoder.blocks[0].mlp.fc2.weight.mul_(1e38)
+    with pytest.raises(UserError, match="features are not finite"):
+        model.annotate(Pictures(3))
+    points = torch.full((5, 2), math.nan)
+    assert math.isnan(kmeans(points, 2, drawing(0), restarts=1)[2])  # it ends
+
+
+def test_discovery_leaves_the_random_stream_alone():
+    model, _, _ = small()
+    state = torch.get_rng_state()
+    model.annotate(Pictures(3))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_kmeans_of_equal_points_has_empty_clusters():
     centres, assignment, error = kmeans(torch.ones(7, 3), 4, drawing(0))
     assert assignment.tolist() == [0] * 7 and error == pytest.approx(0, abs=1e-6)
@@ -94,7 +111,7 @@ def test_number_of_clusters_is_where_the_error_stops_falling():
         merged = partition(assignment) & ~partition(truth)
         assert not merged.any()
     points, _, _ = clouds(16, 10, dim=32, spread=0.01)
-    assert len(cluster_block(points, drawing(0))[0]) == particle.MOST
+    assert len(cluster_block(points, drawing(0))[0]) == part_discovery.MOST
     assert len(cluster_block(points[:2], drawing(0))[0]) <= 2
 
 
@@ -188,7 +205,7 @@ def test_maps_have_the_size_of_their_images_and_labels_change_nothing(capsys):
 
 def test_blocks_are_drawn_and_counted(monkeypatch, capsys):
     """Order by seed 0, 30 at a time; images of blocks without foreground or background counted."""
-    seen, real = [], particle.describe_patches
+    seen, real = [], part_discovery.describe_patches
 
     def describe(encoder, images):
         seen.append(images)
@@ -200,8 +217,8 @@ def test_blocks_are_drawn_and_counted(monkeypatch, capsys):
         value, *found = next(results)
         return torch.full(saliency.shape, value, dtype=torch.uint8), *found
 
-    monkeypatch.setattr(particle, "describe_patches", describe)
-    monkeypatch.setattr(particle, "block_parts", parts)
+    monkeypatch.setattr(part_discovery, "describe_patches", describe)
+    monkeypatch.setattr(part_discovery, "block_parts", parts)
     model, _, _ = small()
     pictures = Pictures(40)
     maps = discover_parts(model.encoder, pictures)
@@ -404,7 +421,8 @@ def test_part_features_are_float32_under_autocast():
 
 
 @pytest.mark.parametrize("option", [{"clusters": 0}, {"clusters": 2.5}, {"clusters": 256},
-                                    {"temperature": 0.0}])
+                                    {"clusters": True}, {"temperature": 0}, {"temperature": "low"},
+                                    {"weight": "abc"}, {"weight": -1}, {"weight": math.nan}])
 def test_invalid_options_raise(option):
     with pytest.raises(UserError, match=next(iter(option))):
         small(**option)

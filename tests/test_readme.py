@@ -132,10 +132,19 @@ def test_names_of_libraries_do_not_count():
         assert not exists(name), name
 
 
+def anchor_of(heading):
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 def test_links_resolve():
     for path, text in PAGES.items():
         for target in re.findall(r"\]\(([^)#\s]+)", text):
             assert target.startswith("https://") or (path.parent / target).exists(), target
+        for target, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", text):
+            page = path.parent / target if target else path
+            headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+            assert anchor in map(anchor_of, headings), f"{target}#{anchor}"
 
 
 def test_options_exist(capsys):

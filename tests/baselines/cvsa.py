@@ -7,6 +7,7 @@ arXiv 2106.15788. Its code is not public and we had only the abstract: the class
 and what is ours. Shapes as in lodisc.py.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from lodisc import MoCoV3, at_least_float32, check_views
-from particle import Maps, discover_parts, majority_ids
+from lodisc import MoCoV3, UserError, at_least_float32, check_views, require
+from part_discovery import Maps, discover_parts, majority_ids
 
 MOST_STRETCHED = 2  # a foreground is pasted if no side becomes longer or shorter by more than this
 
@@ -124,6 +125,8 @@ class CVSA(MoCoV3):
 
     def __init__(self, encoder, weight=0.1, **options):
         super().__init__(encoder, **options)
+        require(isinstance(weight, (int, float)) and 0 <= weight < math.inf, "weight must be a "
+                f"number from 0, got {weight}", UserError)
         self.weight = weight
 
     def annotate(self, dataset):

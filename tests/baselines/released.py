@@ -24,7 +24,8 @@ no licence: no line of it is used. `--local-weight 0` is the same without the lo
                                                             encoders: the accuracy of view 1
 
 What the release does outside the method is not here: it retrieves by the predictor's output, and
-reports each metric's best epoch on the test images.
+reports each metric's best epoch on the test images. Under torchrun all ranks draw the same dropout,
+as they are seeded alike, so that --resume is exact.
 """
 
 from typing import NamedTuple
