@@ -449,16 +449,18 @@ DEFECTS = [Defect(*row) for row in [
     ("eval.py", 'encoder.mean, encoder.std = config["mean"], config["std"]', "pass",
      "--normalise does not reach the maps"),
     # --- the method files of tests/baselines --------------------------------------------------
-    ("tests/baselines/part_discovery.py", "means > SALIENT", "means >= 0", "every cluster is foreground"),
-    ("tests/baselines/part_discovery.py", ">= VOTES * len(assignment)", "> 0", "one vote is enough"),
+    ("tests/baselines/part_discovery.py", "means > SALIENT", "means >= 0",
+     "every cluster is foreground"),
+    ("tests/baselines/part_discovery.py", ">= VOTES * len(assignment)", "> 0",
+     "one vote is enough"),
     ("tests/baselines/part_discovery.py", "error > ELBOW * before", "error > before",
      "always as many clusters as allowed"),
     ("tests/baselines/part_discovery.py", "qkv.chunk(3, dim=-1)[1]", "qkv.chunk(3, dim=-1)[0]",
      "queries as descriptors"),
     ("tests/baselines/part_discovery.py", "ids = (nearest - len(background) + 1).clamp_min(0)",
      "ids = (nearest - len(background)).clamp_min(0)", "a part is background"),
-    ("tests/baselines/part_discovery.py", "order = torch.randperm(len(dataset), generator=generator)",
-     "order = torch.arange(len(dataset))", "blocks in the order of the data set"),
+    ("tests/baselines/part_discovery.py",
+     "order = torch.randperm(len(dataset), generator=generator)", "order = torch.arange(len(dataset))", "blocks in the order of the data set"),
     ("tests/baselines/part_discovery.py", "patches[block] = ids.cpu()",
      "patches[block.sort()[0]] = ids.cpu()",
      "maps in another order"),
@@ -586,7 +588,7 @@ def main(argv=None):
                 part.replace(STORE)
         return test
 
-    unchanged = Defect("train.py", "# of dropout, in a method of one's own", "# of dropout", "nothing")
+    unchanged = Defect("train.py", "in a method of one's own", "in one's own method", "nothing")
     failed = plant(unchanged)
     if failed:
         raise SystemExit(f"{failed} fails without any defect")

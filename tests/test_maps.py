@@ -261,8 +261,8 @@ def test_maps_of_other_number_or_size_raise(mapped, old, new):
 def test_maps_see_the_images_as_training_does(mapped):
     """--normalise says how, for weights that do not."""
     torch.save(create_vit("vit_nano", 16, 8).state_dict(), "weights.pth")
-    shown = MAPPED.replace("torch.rand(3)", "print(list(self.encoder.mean), list(self.encoder.std))")
-    Path("mapped.py").write_text(shown, encoding="utf-8")
+    show = "print(list(self.encoder.mean), list(self.encoder.std))"
+    Path("mapped.py").write_text(MAPPED.replace("torch.rand(3)", show), encoding="utf-8")
     options = [*mapped[:2], *mapped[6:], "--init", "weights.pth", "--heads", "3", "--image-size",
                "16"]
     printed = io.StringIO()

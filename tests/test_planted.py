@@ -36,5 +36,5 @@ def test_defects_are_killed_and_a_comment_survives():
               "the least important patches kept"]
     assert planted.plant(ema, ["tests/test_loop.py"]).startswith("tests/test_loop.py::test_train")
     assert planted.plant(least, ["tests/test_mask.py"]).startswith("tests/test_mask.py::")
-    harmless = planted.Defect("train.py", "# of dropout, in a method of one's own", "# of dropout", "a comment")
+    harmless = planted.Defect("train.py", "in a method of one's own", "in one's own", "a comment")
     assert planted.plant(harmless, ["tests/test_data.py"]) == ""

@@ -1,4 +1,4 @@
-"""Part discovery (tests/baselines/part_discovery.py) on CUB-200-2011: where it lies, and what it costs.
+"""Part discovery (tests/baselines/part_discovery.py) on CUB-200-2011: where it lies, and its cost.
 
     python tests/experiments/discovery.py --data-root DIR --init WEIGHTS --out parts.png
 
