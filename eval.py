@@ -726,21 +726,18 @@ def draw_masks(args, encoder, config, device):
     path = output_path(args, config, "masks.png")
     picture_format(path)  # before it is drawn
     model = load_masks_model(args, encoder, config).to(device).eval()
-    own = None  # data and maps
     if args.images:
-        images = [open_image(image) for image in args.images]
+        page = attention_page(model, config, [open_image(image) for image in args.images])
     else:
-        if hasattr(model, "annotate"):
-            own = read_own_maps(args, config)
+        own = read_own_maps(args, config) if hasattr(model, "annotate") else None
         data = own[0] if own else read_data(args, config)
         if hasattr(data.test, "regions"):
             measure_place(args, model.momentum_encoder, config, data.test)
-        if not own:
+        if own:
+            page = map_page(model, data.train, own[1])
+        else:
             images = [data.test[i][0] for i in example_indices(data.test.targets)]
-    if own:
-        page = map_page(model, data.train, own[1])
-    else:
-        page = attention_page(model, config, images)
+            page = attention_page(model, config, images)
     save_picture(page, path)
     print(f"wrote {path}")
 
