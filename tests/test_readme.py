@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import benchmark
+import discovery
 import eval as evaluation
 import make
 import parts
@@ -36,6 +37,7 @@ PARSERS = {"train.py": train.parse_args, "eval.py": evaluation.parse_args,
            "tests/experiments/tables.py": tables.parse_args,
            "tests/experiments/benchmark.py": benchmark.parse_args,
            "tests/experiments/parts.py": parts.parse_args,
+           "tests/experiments/discovery.py": discovery.parse_args,
            "tests/experiments/localisation.py": lambda words: Path(*words),
            "tests/assignment/make.py": lambda words: Path(*words),
            "tests/experiments/weights_from_onnx.py": list}
