@@ -53,8 +53,8 @@ def few_birds(monkeypatch):
         monkeypatch.setattr(script, "load_data", lambda *args, **options: data)
 
 
-class Killed(Exception):
-    """Raised by a test in place of a SIGKILL."""
+class Killed(BaseException):
+    """Raised by a test in place of a SIGKILL: nothing is cleaned up after it."""
 
 
 def kill_after(monkeypatch, steps):
