@@ -323,6 +323,21 @@ def test_run_without_annotate_has_no_maps(flowers, elsewhere, monkeypatch):
     assert seen == [[]] * 6 and not Path("run/maps.pt").exists()
 
 
+def test_maps_reach_the_method_in_the_order_of_the_views(mapped, monkeypatch):
+    real = TwoViews.__getitem__
+
+    def view(self, key):
+        view1, view2, map1, map2 = real(self, key)
+        return view1, view2, map1 + 10, map2 + 20
+
+    monkeypatch.setattr(TwoViews, "__getitem__", view)
+    old = "        assert all("
+    assert MAPPED.count(old) == 1
+    Path("mapped.py").write_text(MAPPED.replace(old, "        assert maps[0].max() < 20 <= "
+                                 "maps[1].min()\n" + old), encoding="utf-8")
+    train.main([*mapped, "--out", "run"])
+
+
 # --- pictures ---------------------------------------------------------------------------------
 
 
@@ -384,6 +399,7 @@ def test_masks_of_an_unlabelled_run_with_maps(mapped):
 
 def test_masks_of_a_held_out_run_on_data_of_one_class(mapped):
     train.main([*mapped, "--held-out", "--out", "run"])
+    evaluation.main(["masks", "run", "--workers", "0"])  # of its own images, with their maps
     for split in ("train", "test"):
         shutil.copytree("flowers/test/class 0", f"one/{split}/class 0")
     evaluation.main(["masks", "run", "--data", "one", "--workers", "0"])

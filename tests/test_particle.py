@@ -426,3 +426,20 @@ def test_part_features_are_float32_under_autocast():
 def test_invalid_options_raise(option):
     with pytest.raises(UserError, match=next(iter(option))):
         small(**option)
+
+
+def test_every_image_has_its_own_map(monkeypatch):
+    """Grey images, whose map is their grey."""
+    pictures = Pictures(40)
+    pictures.images = [Image.new("RGB", (8, 8), (5 * i,) * 3) for i in range(40)]
+
+    def describe(encoder, images):
+        return images, images.mean((1, 2, 3))[:, None].expand(-1, encoder.num_patches)
+
+    monkeypatch.setattr(part_discovery, "describe_patches", describe)
+    monkeypatch.setattr(part_discovery, "block_parts", lambda descriptors, greys, *args: (
+        (255 * greys).round().to(torch.uint8), True, True))
+    encoder = create_vit("vit_nano", 32, 8)
+    encoder.mean, encoder.std = (0.0,) * 3, (1.0,) * 3
+    maps = discover_parts(encoder, pictures)
+    assert [image_map.unique().tolist() for image_map in maps] == [[5 * i] for i in range(40)]
