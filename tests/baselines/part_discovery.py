@@ -84,6 +84,12 @@ def at_twice_the_size(encoder):
     return large
 
 
+def squaring(encoder):
+    """Return the transform of a whole image into an encoder's input, (3, H, W)."""
+    size = encoder.image_size
+    return v2.Compose([v2.Resize((size, size)), *to_tensor(encoder.mean, encoder.std)])
+
+
 @torch.no_grad()
 def describe_patches(encoder, images):
     """images (n, 3, H, W) -> (descriptors (n, N, D), saliency (n, N)), of the last layer: keys of
@@ -164,8 +170,7 @@ def discover_parts(encoder, dataset, clusters=5) -> Maps:
     Blocks of BLOCK images in an order drawn by seed 0 are clustered, each on its own: an id means a
     part within a block. Images are resized to squares of twice the encoder's size."""
     large = at_twice_the_size(encoder)
-    device, size = large.cls_token.device, large.image_size
-    prepare = v2.Compose([v2.Resize((size, size)), *to_tensor(encoder.mean, encoder.std)])
+    device, prepare = large.cls_token.device, squaring(large)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(dataset), generator=generator)
     sizes, blocks = {}, order.split(BLOCK)

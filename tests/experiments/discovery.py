@@ -10,7 +10,6 @@ over the same images at the same size. Draws eight of the images with their part
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -23,11 +22,12 @@ from torch.utils.data import Subset
 from torchvision.transforms import v2
 
 import eval as evaluation
-from data.augment import cropped_maps, plain_crop, to_tensor
+from benchmark import timed
+from data.augment import cropped_maps, plain_crop
 from data.datasets import load_data
 from data.draw import sheet
 from lodisc import UserError, load_encoder, require
-from part_discovery import BLOCK, at_twice_the_size, discover_parts
+from part_discovery import BLOCK, at_twice_the_size, discover_parts, squaring
 
 
 def box_mask(box, size):
@@ -52,8 +52,7 @@ def overlap(a, b):
 
 def squares(encoder, dataset):
     """Return a data set's images as discovery sees them: (n, 3, H, W)."""
-    size = encoder.image_size
-    prepare = v2.Compose([v2.Resize((size, size)), *to_tensor(encoder.mean, encoder.std)])
+    prepare = squaring(encoder)
     return torch.stack([prepare(dataset[i][0]) for i in range(len(dataset))])
 
 
@@ -62,14 +61,6 @@ def encode_all(encoder, images):
     """One pass of the encoder."""
     for batch in images.split(BLOCK):
         encoder(batch.to(encoder.cls_token.device))
-
-
-def timed(function, *args):
-    start = time.perf_counter()
-    result = function(*args)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
 
 
 def parse_args(argv=None):
