@@ -17,7 +17,6 @@ import train  # before eval, as it sets OMP_WAIT_POLICY
 import eval as evaluation
 from data.birds import Birds
 from data.datasets import Data
-from lodisc import LoDisc
 
 settings.register_profile("here", deadline=None, max_examples=60)
 settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
@@ -58,21 +57,8 @@ class Killed(BaseException):
 
 
 def kill_after(monkeypatch, steps):
-    """Let the training of LoDisc die after so many EMA steps of one run."""
-    done, real = [], LoDisc.update_momentum
-
-    def step_then_die(self, m):
-        real(self, m)
-        done.append(m)
-        if len(done) == steps:
-            raise Killed
-
-    monkeypatch.setattr(LoDisc, "update_momentum", step_then_die)
-    return done
-
-
-def kill_after_any(monkeypatch, steps):
-    """Let the training of any method die after so many steps of one run."""
+    """Let the training of any method die after so many steps of one run; return a list with an
+    entry for each step done."""
     done, real = [], train.train_step
 
     def step_then_die(*args):
@@ -83,6 +69,7 @@ def kill_after_any(monkeypatch, steps):
         return result
 
     monkeypatch.setattr(train, "train_step", step_then_die)
+    return done
 
 
 def weights(folder):

@@ -18,7 +18,7 @@ from PIL import Image
 
 import eval as evaluation
 import train
-from conftest import Killed, kill_after_any, same, weights
+from conftest import Killed, kill_after, same, weights
 from data.augment import Preprocessing, TwoViews, decode_map, encode_map
 from data.birds import Birds
 from data.datasets import Fold, hash_images, load_data
@@ -278,7 +278,7 @@ def test_resumed_run_reads_its_maps(mapped, held_out, monkeypatch, tmp_path):
     train.main([*options, "--out", "whole"])
     Path("annotated.txt").unlink()
     with monkeypatch.context() as patch:
-        kill_after_any(patch, 4)
+        kill_after(patch, 4)
         with pytest.raises(Killed):
             train.main([*options, "--out", "part"])
     Path("flowers").rename("moved")
@@ -290,7 +290,7 @@ def test_resumed_run_reads_its_maps(mapped, held_out, monkeypatch, tmp_path):
 
 def test_resumed_run_without_its_maps_or_with_others_says_so(mapped, monkeypatch):
     with monkeypatch.context() as patch:
-        kill_after_any(patch, 4)
+        kill_after(patch, 4)
         with pytest.raises(Killed):
             train.main([*mapped, "--out", "part"])
     image = next(Path("flowers/train").rglob("*.jpg"))
@@ -433,7 +433,7 @@ def test_method_trains_resumes_draws_and_evaluates(method, options, flowers, els
     assert "top1" in results["linear"] and "untrained" in results
     train.main([*options, "--out", "whole"])
     with monkeypatch.context() as patch:
-        kill_after_any(patch, 5)
+        kill_after(patch, 5)
         with pytest.raises(Killed):
             train.main([*options, "--out", "part"])
     train.main(["--resume", "part"])
