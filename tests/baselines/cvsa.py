@@ -7,7 +7,6 @@ arXiv 2106.15788. Its code is not public and we had only the abstract: the class
 and what is ours. Shapes as in lodisc.py.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,8 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from lodisc import MoCoV3, UserError, at_least_float32, check_views, require
-from part_discovery import Maps, discover_parts, majority_ids
+from lodisc import MoCoV3, at_least_float32, check_views
+from part_discovery import Maps, discover_parts, majority_ids, require_number
 
 MOST_STRETCHED = 2  # a foreground is pasted if no side becomes longer or shorter by more than this
 
@@ -125,8 +124,7 @@ class CVSA(MoCoV3):
 
     def __init__(self, encoder, weight=0.1, **options):
         super().__init__(encoder, **options)
-        require(isinstance(weight, (int, float)) and 0 <= weight < math.inf, "weight must be a "
-                f"number from 0, got {weight}", UserError)
+        require_number("weight", weight)
         self.weight = weight
 
     def annotate(self, dataset):

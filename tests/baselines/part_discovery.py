@@ -25,6 +25,12 @@ ELBOW = 0.975  # the number of clusters grows until the error falls by less than
 SALIENT, VOTES = 0.065, 0.75  # mean saliency of a foreground cluster, in this fraction of images
 
 
+def require_number(name, value):
+    """Raise UserError unless a method's option is a finite number from 0."""
+    require(isinstance(value, (int, float)) and 0 <= value < math.inf, f"{name} must be a number "
+            f"from 0, got {value}", UserError)
+
+
 # --- k-means ----------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lodisc import MoCoV3, UserError, at_least_float32, check_views, momentum_update, require
-from part_discovery import discover_parts, majority_ids
+from part_discovery import discover_parts, majority_ids, require_number
 
 
 def id_means(tokens: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -95,9 +95,8 @@ class PARTICLE(MoCoV3):
         super().__init__(encoder, **options)
         require(type(clusters) is int and 1 <= clusters <= 255, "clusters must be a whole number "
                 f"in [1, 255], got {clusters}", UserError)
-        for name, value in (("weight", weight), ("temperature", temperature)):
-            require(isinstance(value, (int, float)) and 0 <= value < math.inf, f"{name} must be a "
-                    f"number from 0, got {value}", UserError)
+        require_number("weight", weight)
+        require_number("temperature", temperature)
         require(temperature > 0, "temperature must be above 0, got 0", UserError)
         self.clusters, self.weight, self.part_temperature = clusters, weight, temperature
         self.part_projector = part_head(encoder.dim)  # g
