@@ -65,7 +65,8 @@ class RawPixels(torch.nn.Module):
 def plain_loader(dataset, preprocessing, workers):
     """Return batches of (centre crops, classes), by as many processes as shared memory has room."""
     workers = fitting_workers(workers, BATCH * 3 * preprocessing.crop**2 * 4)
-    return DataLoader(Plain(dataset, preprocessing), BATCH, num_workers=workers)
+    return DataLoader(Plain(dataset, preprocessing), BATCH, num_workers=workers,
+                      generator=torch.Generator())  # so that it does not draw from torch's
 
 
 def encode(encoder, images, kind):

@@ -4,9 +4,8 @@ fine-grained visual recognition (Shi, Wei, Nie, Huang, arXiv 2403.04066), in its
 LoDisc is MoCo v3 on a ViT plus a local branch: the momentum encoder encodes each view once more
 with only its pivotal patches (f_l is f_k again), and the query z_q of the OTHER view must match
 that key, z_l, as well as z_k. Shapes: B images, N patches, R registers, T = 1 + R + N tokens, D
-features, h heads, d = D / h, k kept patches, C projections, M keys. MoCo v3 is arXiv 2104.02057
-(branches, loss, initialisation), ViT 2010.11929, BYOL 2006.07733, attention rollout 2005.00928,
-registers 2309.16588; parameter names and sizes are timm's."""
+features, h heads, d = D / h, k kept patches, C projections, M keys. MoCo v3 is arXiv 2104.02057,
+ViT 2010.11929, BYOL 2006.07733, registers 2309.16588; parameter names and sizes are timm's."""
 
 import argparse
 import copy
@@ -32,7 +31,7 @@ ARCHITECTURES = {
     "vit_small_moco": dict(dim=384, depth=12, heads=12),  # MoCo v3's own ViT-S
     "vit_base": dict(dim=768, depth=12, heads=12),
 }
-LOCAL_INPUTS = ("pixels", "tokens")
+LOCAL_INPUTS = ("pixels", "tokens", "crop")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class UserError(Exception):
@@ -68,9 +67,8 @@ class Attention(nn.Module):
 
     def forward(self, x, kind=None, class_only=False):
         """x (B, T, D), the class token first -> features (B, T, D), or that token's, (B, 1, D), if
-        class_only: proj of F.scaled_dot_product_attention; in qkv, q, k and v, and in each of them
-        the heads, lie side by side. And `attention_weights`, mean over heads: kind "row", of the
-        class token's query, (B, T); "matrix", of all queries, (B, T, T); None: None."""
+        class_only; and `attention_weights`, mean over heads: kind "row", of the class token's
+        query, (B, T); "matrix", of all queries, (B, T, T); None: None."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         weights = None
         if kind == "row":
@@ -114,8 +112,7 @@ class PatchEmbed(nn.Module):
 def sincos_positions(side: int, dim: int) -> Tensor:
     """Return fixed 2-D sine-cosine positions (1, 1 + side * side, dim), float32.
     Zeros for the class token, then patches, row by row. A quarter of the channels each is
-    sin(row * w), cos(row * w), sin(column * w) and cos(column * w); row and column count from 0;
-    w_i = 10000 ** -(i / (dim / 4)), i = 0 to dim / 4 - 1. Source: MoCo v3, section 4.4."""
+    sin(row * w), cos(row * w), sin(column * w), cos(column * w). Source: MoCo v3, section 4.4."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
     angles = torch.arange(side)[:, None] * frequencies  # (side, dim/4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, dim/2)
@@ -125,18 +122,16 @@ def sincos_positions(side: int, dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), patches])[None]  # (1, 1+N, dim)
 
 class VisionTransformer(nn.Module):
-    """ViT encoder; its feature is the class token after the last LayerNorm. Parameters have timm's
-    names. Images have image_size pixels per side, normalised by `mean` and `std`. As in MoCo v3
-    (section 4, against training instability), positions are fixed and the patch projection keeps
-    its random values, unless learned_positions and train_projection say otherwise. registers: extra
-    tokens after the class token, without position; eps: LayerNorm's. ValueError for bad sizes."""
+    """ViT encoder; its feature is the class token after the last LayerNorm. Images have image_size
+    pixels per side, normalised by `mean` and `std`. As in MoCo v3 (section 4, against instability),
+    positions are fixed and the patch projection keeps its random values, unless said otherwise.
+    registers: extra tokens after the class token, without position. ValueError for bad sizes."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, *, registers=0, eps=1e-6,
                  learned_positions=False, train_projection=False):
         super().__init__()
         require(min(image_size, patch_size) > 0 and image_size % patch_size == 0, "the image size "
-                f"must be a multiple of the patch size, got {image_size} px and patches of "
-                f"{patch_size} px")
+                f"must be a multiple of the patch size, got {image_size} px and {patch_size} px")
         require(heads > 0 and dim % heads == 0, f"width {dim} does not divide into {heads} heads")
         require(dim % 4 == 0, f"sine-cosine positions need a width divisible by 4, got {dim}")
         self.sizes = dict(dim=dim, depth=depth, heads=heads, registers=registers, eps=eps)
@@ -214,9 +209,8 @@ def create_vit(name: str, image_size: int, patch_size: int, **options) -> Vision
 def attention_product(attentions: list[Tensor], patches=None) -> Tensor:
     """The paper's importance: the class token's attention multiplied elementwise over all layers.
     attentions: rows (B, N) of each layer, the mean over heads -> (B, N), the LOG of the product:
-    the sum over layers of log a_l. It has the same order, all that a mask uses, and does not
-    underflow: 1e-4 in each of 12 layers is 1e-48. Weights below torch.finfo(torch.float32).tiny
-    count as that: no logarithm is infinite. patches: unused here. Source: the overview figure."""
+    the sum over layers of log a_l. It has the same order and does not underflow: 1e-4 in each of 12
+    layers is 1e-48. No logarithm is infinite. patches: unused here. Source: the overview figure."""
     tiny = torch.finfo(torch.float32).tiny
     return torch.stack([row.clamp_min(tiny).log() for row in attentions]).sum(dim=0)
 
@@ -234,12 +228,30 @@ def location_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tens
     return torch.zeros_like(importance, dtype=torch.bool).scatter_(1, order[:, :k], True)
 
 def mask_pixels(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
-    """x ⊙ mask: set every patch of the normalised images that is not kept to zero.
-    images (B, 3, H, W), mask bool (B, N) with N = (H / patch_size) * (W / patch_size), row by row
-    -> new images. Zero after normalisation is the mean colour, as in the released code."""
+    """x ⊙ mask: set every patch that is not kept to zero, after normalisation the mean colour, as
+    in the released code. images (B, 3, H, W), mask bool (B, N), row by row -> new images."""
     pixels = repeat(mask, "b (rows columns) -> b 1 (rows y) (columns x)",
                     rows=images.shape[2] // patch_size, y=patch_size, x=patch_size)  # (B, 1, H, W)
     return images.masked_fill(~pixels, 0)
+
+def box_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
+    """Keep the square box, of about keep_ratio of the patches, with the greatest sum of importance;
+    of equal sums the upper, then the left. As `location_mask` otherwise. For "crop", ours."""
+    grid = importance.unflatten(1, (math.isqrt(importance.shape[1]), -1))  # (B, rows, columns)
+    box = max(1, round(math.sqrt(keep_ratio * importance.shape[1])))  # patches per side
+    scores = F.avg_pool2d(grid, box, stride=1)  # of each place, (B, down, across)
+    best = F.one_hot(scores.flatten(1).argmax(dim=1), scores[0].numel()).view(scores.shape)
+    around = F.pad(best.float(), [box - 1] * 4)
+    return F.max_pool2d(around, box, stride=1).flatten(1).bool()  # the box covers what is in reach
+
+def enlarge_box(images: Tensor, mask: Tensor, patch_size: int, side: int) -> Tensor:
+    """Cut out the box of side * side patches that the mask keeps and enlarge it, bilinearly, to the
+    whole image: (B, 3, H, W), mask bool (B, N) -> (B, 3, H, W). Ours, in place of `mask_pixels`."""
+    size, columns = side * patch_size, images.shape[3] // patch_size
+    boxes = images.unfold(2, size, patch_size).unfold(3, size, patch_size)  # at each place
+    first = mask.int().argmax(dim=1)  # the upper left patch, (B,)
+    boxes = boxes[torch.arange(len(images)), :, first // columns, first % columns]
+    return F.interpolate(boxes, images.shape[2:], mode="bilinear")
 
 def kept_indices(mask: Tensor, k: int) -> Tensor:
     """Return the indices of the k True entries of each row: (B, N) -> int64 (B, k), ascending.
@@ -248,9 +260,8 @@ def kept_indices(mask: Tensor, k: int) -> Tensor:
 
 # --- Ablations: other importances and masks, and the registries of both ----------------------
 def attention_rollout(attentions: list[Tensor], patches=None) -> Tensor:
-    """Attention rollout: the class token's row of the product of (A_L + I) / 2 ... (A_1 + I) / 2.
-    attentions: matrices (B, T, T), one per layer, first layer first; the last layer is leftmost
-    -> (B, R + N): `patch_importance` drops registers. No autocast. Abnar and Zuidema 2020."""
+    """The class token's row of the product of (A_L + I) / 2 ... (A_1 + I) / 2: matrices (B, T, T),
+    first layer first -> (B, R + N). No autocast. Abnar and Zuidema, arXiv 2005.00928."""
     row = torch.zeros_like(attentions[0][:, 0])  # (B, T)
     row[:, 0] = 1  # the class token
     with torch.autocast(row.device.type, enabled=False):
@@ -271,18 +282,6 @@ def random_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor
     noise = torch.rand(importance.shape, generator=generator)
     return location_mask(noise, keep_ratio).to(importance.device, non_blocking=True)
 
-def block_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
-    """Keep one block: the k patches nearest to a random point by the larger of the vertical and the
-    (stretched) horizontal distance: a rectangle of up to 3:1, longer at a border of the grid."""
-    batch, num_patches = importance.shape
-    side, patch = math.isqrt(num_patches), torch.arange(num_patches)
-    row, column, stretch = torch.rand(3, batch, 1, generator=generator)  # (B, 1) each
-    stretch = 3 ** (stretch - 0.5)
-    vertical = (patch // side + 0.5 - side * row).abs() / stretch  # (B, N)
-    horizontal = (patch % side + 0.5 - side * column).abs() * stretch
-    nearness = -torch.maximum(vertical, horizontal)
-    return location_mask(nearness, keep_ratio).to(importance.device, non_blocking=True)
-
 class Importance(NamedTuple):
     function: Callable  # (attentions, patches) -> (B, N)
     attention_kind: str  # "row" or "matrix", of `VisionTransformer.with_attention`
@@ -301,7 +300,6 @@ MASKS = {
     "location": Mask(location_mask),
     "least": Mask(least_mask),
     "random": Mask(random_mask, needs_importance=False),
-    "block": Mask(block_mask, needs_importance=False),
 }
 
 def patch_importance(encoder, images, name) -> tuple[Tensor, Tensor]:
@@ -334,8 +332,7 @@ def momentum_update(online: nn.Module, momentum: nn.Module, m: float) -> None:
         old.lerp_(new, 1 - m)
 
 def momentum_schedule(step: int, total: int, base: float = 0.99) -> float:
-    """Return the EMA momentum of a step: base at step 0, rising by half a cosine to 1 at step
-    total (BYOL): 1 - (1 - base) * (1 + cos(pi * step / total)) / 2."""
+    """Return the EMA momentum of a step: base at step 0, by half a cosine to 1 at total (BYOL)."""
     return 1 - (1 - base) * (1 + math.cos(math.pi * step / total)) / 2
 
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, offset: int = 0) -> Tensor:
@@ -371,6 +368,7 @@ class MoCoV3(nn.Module):
 
     OPTIONS = ("temperature", "hidden_dim", "output_dim")  # train.py passes these settings
     importance, keep_ratio = "product", 0.3  # of the patches to draw; MoCo v3 masks nothing
+    pivotal_mask, LOSSES = staticmethod(location_mask), ("global_loss",)
 
     def __init__(self, encoder, temperature=0.2, hidden_dim=4096, output_dim=256):
         super().__init__()
@@ -384,9 +382,8 @@ class MoCoV3(nn.Module):
 
     def forward(self, view1, view2, generator=None, progress=0.0):
         """Two augmentations of the same images, (B, 3, H, W) -> MoCoV3Output: the `contrast` of
-        each view's query with the OTHER view's key, summed. Keys record no gradient; no weight is
-        updated. Each view has its own passes: BatchNorm never mixes them. generator, progress (the
-        fraction of the run that is done): for subclasses. ValueError for B < 2 or unlike views."""
+        each view's query with the OTHER view's key, summed. Each view has its own passes: BatchNorm
+        never mixes them. generator, progress (0 to 1, of the run): for subclasses. ValueError."""
         check_views(view1, view2)
         q1, q2 = self.query(view1), self.query(view2)
         with torch.no_grad():  # stop-gradient
@@ -422,11 +419,12 @@ class MoCoV3(nn.Module):
     def pivotal_patches(self, images):
         """Return the most important patches of images (B, 3, H, W), to draw: bool (B, N)."""
         _, importance = patch_importance(self.momentum_encoder, images, self.importance)
-        return location_mask(importance, self.keep_ratio)
+        return self.pivotal_mask(importance, self.keep_ratio)
 
     def chance_levels(self, batch):
         """Return {field: its value if all features are equal}, for a batch of all ranks."""
-        return {"global_loss": 2 * 2 * self.temperature * math.log(batch)}  # in both directions
+        level = 2 * 2 * self.temperature * math.log(batch)  # in both directions
+        return dict.fromkeys(self.LOSSES, level)
 
 def check_views(view1, view2):
     require(view1.shape == view2.shape,
@@ -442,13 +440,15 @@ class LoDiscOutput(NamedTuple):
 
 class LoDisc(MoCoV3):
     """The overview figure: MoCo v3 plus the local branch.
-    mask           "location" (the paper); for ablation "least", "random", "block"
-    importance     "product" (the paper), "rollout" or "last"
-    local_input    "pixels" (the paper): other patches are zero; "tokens": only kept ones enter
-    keep_ratio     fraction of patches kept; global_weight, local_weight: of the losses"""
+    mask         "location" (the paper), "least" or "random"
+    importance   "product" (the paper), "rollout" or "last"
+    local_input  "pixels" (the paper): other patches are zero; "tokens": only kept ones enter;
+                 "crop" (ours): the most important box is cut out and enlarged
+    keep_ratio   fraction of patches kept; global_weight, local_weight: of the losses"""
 
     OPTIONS = (*MoCoV3.OPTIONS, "mask", "importance", "local_input", "keep_ratio",
                "global_weight", "local_weight")
+    LOSSES = ("global_loss", "local_loss")
 
     def __init__(self, encoder, mask="location", importance="product", local_input="pixels",
                  keep_ratio=0.3, global_weight=1.0, local_weight=1.0, **options):
@@ -459,12 +459,16 @@ class LoDisc(MoCoV3):
         require(0 < keep_ratio <= 1, f"keep_ratio must be in (0, 1], got {keep_ratio}")
         self.mask, self.importance, self.local_input = mask, importance, local_input
         self.keep_ratio, self.num_kept = keep_ratio, kept_count(encoder.num_patches, keep_ratio)
+        self.choose = MASKS[mask].function
+        if local_input == "crop":
+            require(mask == "location", f"local_input 'crop' chooses a box, not mask {mask!r}")
+            self.choose = self.pivotal_mask = box_mask
+            self.num_kept = int(box_mask(torch.zeros(1, encoder.num_patches), keep_ratio).sum())
         self.global_weight, self.local_weight = global_weight, local_weight
 
     def forward(self, view1, view2, generator=None, progress=0.0):
         """As `MoCoV3.forward` -> LoDiscOutput: global_loss; local_loss likewise, with the OTHER
-        view's local key, of that view's own mask; total, their weighted sum. Momentum passes:
-        `key_and_mask` of each view, then `local_key` of each. generator (CPU): for random masks."""
+        view's local key; total, their weighted sum. generator (CPU): for random masks."""
         check_views(view1, view2)
         q1, q2 = self.query(view1), self.query(view2)
         with torch.no_grad():  # stop-gradient
@@ -479,29 +483,26 @@ class LoDisc(MoCoV3):
     def key_and_mask(self, view, generator=None):
         """Global momentum branch -> z_k (B, C), and of the same pass the mask, bool (B, N)."""
         features, importance = patch_importance(self.momentum_encoder, view, self.importance)
-        mask = MASKS[self.mask].function(importance, self.keep_ratio, generator)
+        mask = self.choose(importance, self.keep_ratio, generator)
         return self.momentum_projector(features), mask
 
     def local_key(self, view, mask):
         """Local momentum branch: f_k again, over the pivotal patches alone -> z_l (B, C)."""
+        size, keep = self.encoder.patch_size, None
         if self.local_input == "pixels":
-            features = self.momentum_encoder(mask_pixels(view, mask, self.encoder.patch_size))
+            view = mask_pixels(view, mask, size)
+        elif self.local_input == "crop":
+            view = enlarge_box(view, mask, size, math.isqrt(self.num_kept))
         else:
-            features = self.momentum_encoder(view, keep=kept_indices(mask, self.num_kept))
-        return self.momentum_projector(features)
-
-    def chance_levels(self, batch):
-        """As `MoCoV3.chance_levels`, of both losses."""
-        levels = super().chance_levels(batch)
-        return {**levels, "local_loss": levels["global_loss"]}
+            keep = kept_indices(mask, self.num_kept)
+        return self.momentum_projector(self.momentum_encoder(view, keep))
 
 METHODS = {"lodisc": LoDisc, "mocov3": MoCoV3}
 
 # --- 6. Published weights: load_encoder ------------------------------------------------------
-FORMATS = {  # the class token's name, after any prefix: whose names
-    "embeddings.cls_token": "Hugging Face's names",
-    "class_token": "torchvision's names",
-    "cls_token": "timm's names",  # also ours, MoCo v3's, DINO's, DINOv2's, iBOT's, MAE's, DeiT's
+FORMATS = {  # the class token's name, after any prefix: whose names; timm's are most others' too
+    "embeddings.cls_token": "Hugging Face's names", "class_token": "torchvision's names",
+    "cls_token": "timm's names",
 }
 RENAMES = (  # (pattern, replacement), in turn, to timm's names
     (r"\b\w*module\.|\b_orig_mod\.", ""), (r"^blocks\.\d+\.(\d+\.)", r"blocks.\1"),  # chunks
@@ -636,9 +637,8 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
 def load_encoder(path, use_momentum=False, image_size=None, heads=None, normalise=None):
     """Build the encoder of a checkpoint or of published weights by its tensors, in eval mode.
     path: as in `read_weights`; of two encoders, the online one, or with use_momentum the momentum
-    (or teacher's, or EMA) one. image_size: in pixels, by default the file's; positions are resized.
-    heads, normalise (in NORMALISATIONS): where neither the file nor a config beside it states them.
-    The result has `config` (ours, else {}) and `source`, a line on it. Raises UserError."""
+    (teacher's, EMA) one. image_size: in pixels, by default the file's. heads, normalise: where no
+    config states them. The result has `config` (ours, else {}) and `source`. Raises UserError."""
     contents, path = read_weights(path), Path(path)
     tensors = dict(named_tensors(contents))
     tokens = [re.fullmatch(rf"(?!.*decoder)(|.*?\.)({'|'.join(FORMATS)})", x) for x in tensors]

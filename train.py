@@ -20,6 +20,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from contextlib import redirect_stderr
 from datetime import timedelta
 from pathlib import Path
@@ -37,11 +38,12 @@ from data.datasets import (NAMES, check_headers, data_name, default_workers, fit
                            load_data, naming_dead_workers)
 from data.draw import example_indices, run_sheet
 from eval import (MAIN_METRICS, PLAIN, WEIGHTS, build_model, compared_encoders, current_config,
-                  evaluate, exit_with_line, pick_device, read_maps, recipe_image_size, save_maps,
-                  save_picture, save_results, table, weights_file, write_text, write_whole)
-from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
-                    METHODS, NORMALISATIONS, LoDisc, UserError, load_encoder, momentum_schedule,
-                    read_weights, require)
+                  evaluate, exit_with_line, extract, pick_device, read_maps, recipe_image_size,
+                  retrieval, save_maps, save_picture, save_results, table, weights_file, write_text,
+                  write_whole)
+from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS,
+                    MASKS, METHODS, NORMALISATIONS, LoDisc, UserError, load_encoder,
+                    momentum_schedule, read_weights, require)
 
 # Defaults; images: (total to see, minimum of epochs). Unlike MoCo v3's (lr 1.5e-4 per 256
 # images, EMA from 0.99, 40 of 300 epochs of warm-up), they are for short runs of small batches. As
@@ -119,6 +121,9 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
                 step += 1
                 log.add(output, skipped, optimizer.param_groups[0]["lr"], m)
         history.append(log.end_epoch(model))
+        if config["held_out"]:
+            history[-1] |= by_rank_0(lambda: held_out_retrieval(model, config, data.test, device),
+                                     rank, processes)
         if rank == 0:
             film += pivotal_patches(model, examples, epoch + 1)
             save()
@@ -286,6 +291,20 @@ def example_images(config, dataset, device):
     return torch.stack(images).to(device)
 
 
+def held_out_retrieval(model, config, dataset, device):
+    """Print and return {"rank1": ..., "mAP": ...} among the held-out images by the online encoder,
+    {} if no class has two of them."""
+    if max(Counter(dataset.targets).values()) < 2:
+        return {}
+    with torch.compiler.set_stance("force_eager"):
+        features = extract({"online": model.encoder}, dataset, preprocessing_of(config), device,
+                           config["workers"])["online"]
+    model.train()  # extract has put the encoder in eval mode
+    results = retrieval(features)
+    print(f"held out: rank-1 {results['rank1']:.3f}  mAP {results['mAP']:.3f}")
+    return {name: results[name] for name in ("rank1", "mAP")}
+
+
 @torch.no_grad()
 def pivotal_patches(model, examples, epoch):
     """Return [(epoch, the method's pivotal patches of images, (n, N))], or [] if it has none."""
@@ -308,7 +327,8 @@ def parse_args(argv=None):
         help="folder of the named data sets")
     add("--download", action="store_true", help="fetch a named data set that has a source")
     add("--held-out", action="store_true",
-        help="evaluate on a fifth of the training images, held out from them")
+        help="evaluate on a fifth of the training images, held out from them, retrieval after each "
+        "epoch")
 
     add("--method", type=absolute, default="lodisc", help="lodisc, mocov3 or FILE.py:CLASS")
     add("--method-option", action="append", default=[], help="NAME=VALUE for CLASS, repeatable")
@@ -316,7 +336,7 @@ def parse_args(argv=None):
     add("--importance", choices=IMPORTANCES, default="product",
         help="of a patch, from all layers' attention; authors: product")
     add("--local-input", choices=LOCAL_INPUTS, default="pixels",
-        help="other patches set to zero, or dropped; authors: pixels")
+        help="other patches set to zero, or dropped, or the best box enlarged; authors: pixels")
     add("--keep-ratio", type=float, default=0.3, help="fraction of patches kept; authors: 0.3")
     add("--global-weight", type=float, default=1.0, help="weight of the global loss; authors: 1")
     add("--local-weight", type=float, default=1.0, help="weight of the local loss; authors: 1")
@@ -470,6 +490,8 @@ def check_settings(config, processes):
     for name, divisor in (("image_size", config["patch_size"]), ("batch_size", processes)):
         require(config[name] % divisor == 0, f"{flag(name)} must be a multiple of {divisor}, got "
                 f"{config[name]}", UserError)
+    require(config["local_input"] != "crop" or config["mask"] == "location", "--local-input crop "
+            f"chooses a box itself: leave out --mask {config['mask']}", UserError)
     require(config["global_weight"] + config["local_weight"] > 0, "--global-weight and "
             "--local-weight are both 0: nothing would be trained", UserError)
     require(config["method"] not in METHODS or not config["method_options"],
@@ -516,7 +538,7 @@ def save_checkpoint(folder, **contents):
     atomically, so that a complete one always exists."""
     history, text = contents["history"], io.StringIO(newline="")
     if history:
-        rows = csv.DictWriter(text, list(history[0]))
+        rows = csv.DictWriter(text, list(history[-1]))  # an older run's lack held-out retrieval
         rows.writeheader()
         rows.writerows(history)
     write_text(folder / "metrics.csv", text.getvalue())

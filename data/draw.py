@@ -111,7 +111,7 @@ def legend(pen, box, colours, font):
         pen.text((box[0] + 12 + 130 * i, box[1] - 12), name, colour, font, anchor="ls")
 
 
-def curves(pen, box, lines, levels, label, font):
+def curves(pen, box, title, lines, levels, label, font):
     """Draw lines {name: [(epoch, value)]} in box, and levels {name: value} dashed."""
     left, top, right, bottom = box
     values = [value for line in lines.values() for _, value in line] + list(levels.values())
@@ -130,7 +130,7 @@ def curves(pen, box, lines, levels, label, font):
     for epoch in range(0, epochs + 1, math.ceil(epochs / 6)):
         pen.text((at(epoch, low)[0], bottom + 6), str(epoch), "black", font, anchor="mt")
     pen.text(((left + right) / 2, bottom + 26), "epoch", "black", font, anchor="mt")
-    pen.text((left - 6, top - 12), "loss", "black", font, anchor="rs")
+    pen.text((left - 6, top - 12), title, "black", font, anchor="rs")
     for level in sorted(set(levels.values())):
         for x in range(left, right, 12):
             pen.line([(x, at(0, level)[1]), (x + 6, at(0, level)[1])], GREY, 2)
@@ -169,7 +169,8 @@ def bars(pen, box, rows, font):
 def run_sheet(history, levels, metrics, images, film):
     """Draw a run: losses, metrics before and after, masks over time; 1,200 px wide.
 
-    history  a row per epoch, as in metrics.csv; its losses are drawn, or else the total
+    history  a row per epoch, as in metrics.csv; its losses are drawn, or else the total, and
+             retrieval among held-out images, if there is
     levels   {loss: chance level}, dashed
     metrics  {"raw pixels", "untrained" or "initial", "trained": {metric: value}}, or none of them
     images   n PIL images of one size; film: [(epoch, masks (n, N))], up to eight of them drawn; if
@@ -186,8 +187,18 @@ def run_sheet(history, levels, metrics, images, film):
     height = HEIGHT + 40 + FRAME * len(images) if film else HEIGHT
     page = Image.new("RGB", (WIDTH, height), "white")
     pen = ImageDraw.Draw(page)
-    curves(pen, (70, 40, WIDTH // 2 - 40, HEIGHT - 60), losses, levels, "chance level", font)
-    box = (WIDTH // 2 + 30, 40, WIDTH - 20, HEIGHT - 60)
+    retrieval = {}
+    for name, column in (("rank-1", "rank1"), ("mAP", "mAP")):
+        line = [(row["epoch"], row[column]) for row in history if column in row]
+        if line:
+            retrieval[name] = line
+    top, bottom, middle = 40, HEIGHT - 60, WIDTH // 2 - 40
+    if retrieval:  # three parts
+        middle = WIDTH // 3 - 30
+        box = (middle + 80, top, 2 * middle + 10, bottom)
+        curves(pen, box, "held out", retrieval, {}, "", font)
+    curves(pen, (70, top, middle, bottom), "loss", losses, levels, "chance level", font)
+    box = ((2 * middle if retrieval else middle) + 70, top, WIDTH - 20, bottom)
     if metrics:
         bars(pen, box, metrics, font)
     else:

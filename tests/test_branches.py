@@ -13,9 +13,9 @@ from torch import nn
 
 import lodisc
 from lodisc import (IMPORTANCES, MASKS, METHODS, Importance, LoDisc, Mask, MoCoV3,
-                    attention_product, contrastive_loss, create_vit, least_mask, location_mask,
-                    mask_pixels, momentum_schedule, momentum_update, predictor, projector,
-                    random_mask)
+                    attention_product, box_mask, contrastive_loss, create_vit, least_mask,
+                    location_mask, mask_pixels, momentum_schedule, momentum_update, predictor,
+                    projector, random_mask)
 
 seeds = st.integers(0, 10_000)
 sizes = st.tuples(st.integers(1, 6), st.integers(0, 5), st.integers(2, 8))
@@ -425,9 +425,26 @@ def test_local_key_matches_reference_for_any_mask(tokens):
         assert torch.equal(key, model.momentum_projector(black))
 
 
-@pytest.mark.parametrize("mask", ["random", "block"])
-def test_random_masks_follow_generator(mask):
-    model, views = tiny(mask=mask), two_views()
+@torch.no_grad()
+def test_local_key_of_crop_is_of_the_enlarged_box():
+    model, (view, _) = tiny(local_input="crop"), two_views()
+    move_momentum_side(model)
+    _, mask = model.key_and_mask(view)
+    importance = importance_by_name(model.momentum_encoder, view)["product"]
+    assert torch.equal(mask, box_mask(importance, 0.3)) and model.num_kept == 4
+    assert torch.equal(model.pivotal_patches(view), mask)
+    boxes = []
+    for image, kept in zip(view, mask):
+        rows, columns = kept.view(4, 4).nonzero().T
+        top, left = 8 * rows.min(), 8 * columns.min()
+        box = image[None, :, top:top + 16, left:left + 16]
+        boxes.append(nn.functional.interpolate(box, (32, 32), mode="bilinear"))
+    expected = model.momentum_projector(model.momentum_encoder(torch.cat(boxes)))
+    assert torch.allclose(model.local_key(view, mask), expected, atol=1e-9)
+
+
+def test_random_masks_follow_generator():
+    model, views = tiny(mask="random"), two_views()
     first = model(*views, torch.Generator().manual_seed(1))
     again = model(*views, torch.Generator().manual_seed(1))
     reseeded = model(*views, torch.Generator().manual_seed(2))
@@ -438,9 +455,8 @@ def test_random_masks_follow_generator(mask):
     generator = torch.Generator().manual_seed(1)  # of view 1, then of view 2
     alone = [model.key_and_mask(view, generator)[1] for view in views]
     assert all(torch.equal(a, b) for a, b in zip(first.masks, alone))
-    if mask == "random":
-        expected = random_mask(torch.zeros(6, 16), 0.3, torch.Generator().manual_seed(1))
-        assert torch.equal(first.masks[0], expected)
+    expected = random_mask(torch.zeros(6, 16), 0.3, torch.Generator().manual_seed(1))
+    assert torch.equal(first.masks[0], expected)
 
 
 def importance_by_name(encoder, images):
@@ -493,7 +509,7 @@ def record_passes(model):
 
 @pytest.mark.parametrize("mask, local_input, importance", [
     ("location", "pixels", "product"), ("location", "tokens", "rollout"),
-    ("least", "pixels", "last"), ("random", "tokens", "product"), ("block", "pixels", "rollout")])
+    ("least", "pixels", "last"), ("random", "tokens", "product"), ("location", "crop", "rollout")])
 def test_lodisc_runs_two_online_and_four_momentum_passes(mask, local_input, importance):
     model = tiny(mask=mask, local_input=local_input, importance=importance)
     kind = {"product": "row", "rollout": "matrix", "last": "row"}[importance]
@@ -687,6 +703,7 @@ def test_masks_of_diverged_encoder_keep_exactly_k(mask):
     (lambda: tiny(mask="best"), "unknown mask 'best', have location, least"),
     (lambda: tiny(importance="mean"), "unknown importance 'mean', have product"),
     (lambda: tiny(local_input="words"), "unknown local_input 'words', have pixels, tokens"),
+    (lambda: tiny(local_input="crop", mask="random"), "chooses a box, not mask 'random'"),
     (lambda: tiny(keep_ratio=2), "(0, 1], got 2"),
     (lambda: tiny(keep_ratio=0), "(0, 1], got 0"),
     (lambda: tiny(keep_ratio=1.01), "got 1.01"),

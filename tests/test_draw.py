@@ -47,6 +47,24 @@ def test_film_has_a_row_per_image_and_a_column_per_epoch():
             assert lower_left.mean() == (1 if column == 0 or column > 3 else 0)
 
 
+def test_held_out_retrieval_has_its_own_part():
+    """Of a history whose first row lacks it: two lines, rank-1 rising and mAP falling."""
+    history = [{"epoch": epoch, "total_loss": 3.0 - 0.1 * epoch} for epoch in range(1, 6)]
+    for row in history[1:]:
+        row |= {"rank1": 0.1 * row["epoch"], "mAP": 0.6 - 0.1 * row["epoch"]}
+    pixels = np.asarray(run_sheet(history, {}, {}, [], []).convert("RGB")).astype(int)
+    start, end = WIDTH // 3 + 50, 2 * (WIDTH // 3 - 30) + 10
+    panel = pixels[40:HEIGHT - 60, start + 1:end + 4]
+    for colour, falls in ((BLUE, False), (ORANGE, True)):
+        rows, columns = near(panel, colour).nonzero()
+        first = rows[columns < columns.min() + 5].mean()
+        last = rows[columns > columns.max() - 5].mean()
+        assert (last > first) == falls and abs(last - first) > 100
+        assert columns.min() > 0.3 * (end - start)  # from the second of five epochs on
+    losses = pixels[40:HEIGHT - 60, 75:WIDTH // 3 - 30]
+    assert near(losses, BLUE).any() and not near(losses, ORANGE).any()
+
+
 def test_curves_follow_the_losses():
     pixels = sheet({"global_loss": [3.0, 2.0, 1.0], "local_loss": [3.2, 3.1, 3.0]})
     panel = pixels[40:HEIGHT - 55, 75:WIDTH // 2 - 40]

@@ -1,9 +1,12 @@
-"""Where the kept patches of a run lie: tests/experiments/localisation.py."""
+"""Where the kept patches lie: tests/experiments/localisation.py."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.transforms import v2
 
 import eval as evaluation
@@ -11,6 +14,7 @@ import localisation
 import train
 from data.augment import plain_crop
 from data.birds import Birds
+from data.datasets import Data
 from lodisc import UserError, create_vit, load_encoder
 
 SMALL = ["--image-size", "16", "--patch-size", "8", "--epochs", "1", "--batch-size", "50",
@@ -61,3 +65,137 @@ def test_data_without_regions_is_an_error(flowers, quick_probe):
     train.main(options)
     with pytest.raises(UserError, match="flowers has no regions"):
         localisation.main(["run"])
+
+
+# --- every importance and mask ----------------------------------------------------------------
+
+
+class Dots:
+    """An image with a dot of its own colour at each point, 90 x 60 px; the lower half is object."""
+
+    points = torch.tensor([[10.0, 12.0], [40.0, 70.0], [30.0, 45.0]])  # row, column
+    colours = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        image = Image.new("RGB", (90, 60))
+        for (row, column), colour in zip(self.points.int().tolist(), self.colours):
+            image.paste(colour, (column - 2, row - 2, column + 3, row + 3))
+        return image, 0
+
+    def regions(self, index):
+        regions = np.zeros((60, 90), dtype=np.uint8)
+        regions[30:] = 1
+        return Image.fromarray(regions)
+
+
+def test_points_and_object_follow_a_hundred_crops():
+    """Without changes of colour a point is where its dot's colour is, or NaN where it is not."""
+    crop = v2.Compose([v2.RandomResizedCrop(48, (0.08, 1.0)), v2.RandomHorizontalFlip(),
+                       v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    dots, seen = Dots(), [0, 0]
+    for seed in range(100):
+        places = localisation.Places(dots, [dots.points], [0], crop, seed)
+        view, region, points = places[0]
+        assert region.dtype == torch.uint8 and region.shape == (48, 48)
+        for channel, (row, column) in enumerate(points.tolist()):
+            spot = (view[channel] > 0.5).nonzero().double()
+            seen[math.isnan(row)] += 1
+            if math.isnan(row):
+                assert len(spot) < 130  # at most a part of the dot, at the edge
+                continue
+            assert len(spot)
+            middle = (spot.min(0).values + spot.max(0).values) / 2
+            at_edge = spot.min() == 0 or spot.max() == 47
+            if not at_edge:
+                assert (middle - torch.tensor([row, column])).abs().max() < 2.5
+            expected = dots.points[channel, 0] >= 30  # the object is below row 30
+            if abs(dots.points[channel, 0] - 30) > 2:
+                assert region[int(row), int(column)] == expected
+    assert min(seen) > 20
+
+
+def test_find_is_the_nearest_value_and_nan_outside():
+    line = torch.tensor([20.0, 18, 16, 14])
+    found = localisation.find(line, torch.tensor([14.0, 17.2, 20.9, 10.0, math.nan]))
+    assert found[:3].tolist() == [3, 1, 0] and found[3:].isnan().all()
+
+
+def test_place_metrics_match_loops():
+    torch.manual_seed(0)
+    masks, cover = torch.rand(6, 16).argsort(1) < 5, torch.rand(6, 16)
+    points = torch.randint(0, 32, (6, 4, 2)).float()
+    points[0, 1:] = points[1] = math.nan
+    metrics = localisation.place_metrics(masks, cover, points, 8)
+    for image, mask in enumerate(masks):
+        kept = mask.nonzero().flatten().tolist()
+        assert metrics["object"][image].item() == pytest.approx(
+            sum(cover[image, i].item() for i in kept) / 5)
+        border = [i // 4 in (0, 3) or i % 4 in (0, 3) for i in kept]
+        assert metrics["border"][image].item() == pytest.approx(sum(border) / 5)
+        visible = [point for point in points[image].tolist() if not math.isnan(point[0])]
+        inside = [int(row // 8) * 4 + int(column // 8) in kept for row, column in visible]
+        if visible:
+            assert metrics["parts"][image].item() == pytest.approx(sum(inside) / len(visible))
+        else:
+            assert metrics["parts"][image].isnan()
+
+
+@pytest.mark.parametrize("shape", localisation.MASKS)
+def test_chance_is_the_mean_of_random_masks(shape):
+    choose, frequency = localisation.MASKS[shape], torch.zeros(25)
+    if shape == "patches":
+        frequency = choose(torch.rand(4000, 25), 0.3).float().mean(0)
+    else:
+        places = [(row, column) for row in range(3) for column in range(3)]
+        for row, column in places:
+            grid = torch.zeros(5, 5)
+            grid[row:row + 3, column:column + 3] = 1
+            frequency += grid.flatten() / len(places)
+        assert choose(torch.rand(1, 25), 0.3).sum() == 9
+    assert torch.allclose(localisation.chance_shares(25, shape), frequency, atol=0.04)
+
+
+def test_intervals_leave_out_nan():
+    values = torch.tensor([1.0, 2.0, 3.0, math.nan])
+    mean, half = localisation.mean_and_half(values)
+    assert mean == 2 and half == pytest.approx(1.96 / 3**0.5)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_command_compares_all_importances_of_published_weights(monkeypatch, capsys):
+    """Of few birds, with weights whose attention is not uniform; the best mask is the best."""
+    birds = Data(Birds("train", 70), None)
+    monkeypatch.setattr(localisation, "load_data", lambda *args, **options: birds)
+    torch.manual_seed(0)
+    encoder = create_vit("vit_nano", 48, 8, learned_positions=True, train_projection=True)
+    torch.save({"state_dict": encoder.state_dict(), "config": {
+        **encoder.sizes, "image_size": 48, "patch_size": 8}}, "encoder.pth")
+    localisation.main(["encoder.pth", "--data", "synthetic", "--image-size", "48", "--images", "66",
+                       "--workers", "0", "--out", "places.png"])
+    printed = capsys.readouterr().out
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| 48")]
+    assert len(rows) == 18 and printed.startswith("66 training images of synthetic, 30% of the")
+    for shape in localisation.MASKS:
+        of_shape = {row[2]: float(row[3].split()[0]) for row in rows if row[1] == shape}
+        assert max(of_shape, key=of_shape.get) == localisation.BEST
+        assert of_shape[localisation.BEST] > of_shape[localisation.CHANCE] + 0.2
+    assert Image.open("places.png").width == 1200
+
+
+def test_part_locations_of_cub(tmp_path):
+    """Read images.txt and parts/part_locs.txt: x before y, an invisible part is NaN."""
+    folder = tmp_path / "CUB_200_2011"
+    (folder / "parts").mkdir(parents=True)
+    (folder / "images.txt").write_text("1 a/one.jpg\n2 a/two.jpg\n", encoding="utf-8")
+    lines = ["2 1 5.0 6.0 1", "1 1 0.0 0.0 0", "1 2 30.5 40.0 1", "2 2 0.0 0.0 0"]
+    (folder / "parts" / "part_locs.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    class Named:
+        paths = [folder / "images" / "a" / "two.jpg", folder / "images" / "a" / "one.jpg"]
+
+    second, first = localisation.part_points(Named(), "cub", tmp_path)
+    assert second[0].tolist() == [6, 5] and second[1].isnan().all()
+    assert first[0].isnan().all() and first[1].tolist() == [40, 30.5]

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lodisc import (MASKS, Mask, block_mask, kept_count, kept_indices, least_mask, location_mask,
-                    mask_pixels, random_mask)
+from lodisc import (MASKS, Mask, box_mask, enlarge_box, kept_count, kept_indices, least_mask,
+                    location_mask, mask_pixels, random_mask)
 
 ratios = st.floats(0.01, 1.0)
 
@@ -99,7 +99,7 @@ def test_ties_keep_lower_indices():
 
 def test_masks_of_registry():
     expected = {"location": Mask(location_mask, True), "least": Mask(least_mask, True),
-                "random": Mask(random_mask, False), "block": Mask(block_mask, False)}
+                "random": Mask(random_mask, False)}
     assert MASKS.items() >= expected.items()
     assert Mask(location_mask).needs_importance
 
@@ -127,54 +127,6 @@ def test_masks_depend_on_importance_or_generator_only(name):
     assert torch.equal(torch.get_rng_state(), state)  # torch's global generator is not used
 
 
-def full_except_last_row(box):
-    """Return whether a box (rows, columns) is full except at the end of its first or last row."""
-    last = box[-1] if box[0].all() else box[0]
-    full = box[:-1] if box[0].all() else box[1:]
-    return bool(full.all() and last[: last.sum()].all())
-
-
-@given(st.integers(2, 15), ratios, st.integers(0, 1000))
-def test_block_mask_is_a_rectangle_with_one_incomplete_side(side, ratio, seed):
-    importance = torch.zeros(8, side * side)
-    for mask in block_mask(importance, ratio, torch.Generator().manual_seed(seed)):
-        grid = mask.view(side, side)
-        rows, columns = grid.nonzero().T
-        box = grid[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
-        assert full_except_last_row(box) or full_except_last_row(box.T)
-
-
-def test_block_and_random_masks_vary_in_position_and_shape():
-    importance, generator = torch.zeros(400, 64), torch.Generator().manual_seed(0)
-    blocks = block_mask(importance, 0.3, generator).view(400, 8, 8)
-    for sides in (blocks.any(2).sum(1), blocks.any(1).sum(1)):
-        assert sides.unique().numel() >= 4
-    frequency = random_mask(importance, 0.3, generator).float().mean(0)
-    assert (frequency - 19 / 64).abs().max() < 0.12
-
-
-def test_block_mask_aspect_ratio_is_up_to_three():
-    blocks = block_mask(torch.zeros(4000, 1600), 0.05, torch.Generator().manual_seed(0))
-    blocks = blocks.view(-1, 40, 40)  # 80 patches each
-    heights, widths = blocks.any(2).sum(1), blocks.any(1).sum(1)
-    border = torch.ones(40, 40, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
-    inside = ~(blocks & border).flatten(1).any(1)  # the grid's border cuts the other blocks
-    assert inside.sum() > 1000
-    for high, wide in ((heights, widths), (widths, heights)):
-        aspect = (high / wide)[inside]
-        assert 2.5 < aspect.quantile(0.99) < 3.3 and aspect.max() < 3.5
-        assert 0.4 < (aspect > 1).float().mean() < 0.6
-
-
-def test_block_mask_keeps_all_patches_about_equally_often():
-    blocks = block_mask(torch.zeros(20_000, 400), 0.04, torch.Generator().manual_seed(0))
-    frequency = blocks.float().mean(0).view(20, 20)
-    assert 0.4 * 0.04 < frequency.min() and frequency.max() < 1.4 * 0.04
-    for mirrored in (frequency.flip(0), frequency.flip(1), frequency.T):  # no preferred side
-        assert (frequency - mirrored).abs().max() < 0.01
-
-
 @given(importances(), ratios)
 def test_kept_indices_are_ascending(importance, ratio):
     mask = location_mask(importance, ratio)
@@ -193,3 +145,53 @@ def test_mask_pixels_matches_loop(batch, rows, columns, patch):
             for x in range(columns * patch):
                 kept = mask[b, (y // patch) * columns + x // patch]
                 assert torch.equal(result[b, :, y, x], images[b, :, y, x] * kept)
+
+
+# --- the box of local_input "crop" ------------------------------------------------------------
+
+
+def box_by_hand(importance, side, ratio):
+    """Return (row, column, side) of the best box of one image, in loops: the first of the best."""
+    box = max(1, round((ratio * side * side) ** 0.5))
+    best = None
+    for row in range(side - box + 1):
+        for column in range(side - box + 1):
+            total = sum(importance[side * y + x].item() for y in range(row, row + box)
+                        for x in range(column, column + box))
+            if best is None or total > best[0]:
+                best = total, row, column
+    return (*best[1:], box)
+
+
+@given(st.integers(1, 9), ratios, st.integers(0, 1000))
+def test_box_mask_matches_loop(side, ratio, seed):
+    """Of small multiples of 1/8, so that sums are exact and ties are likely."""
+    generator = torch.Generator().manual_seed(seed)
+    importance = torch.randint(-3, 4, (3, side * side), generator=generator) / 8
+    mask = box_mask(importance, ratio)
+    assert mask.dtype == torch.bool and mask.shape == importance.shape
+    for values, kept in zip(importance, mask):
+        row, column, box = box_by_hand(values, side, ratio)
+        expected = torch.zeros(side, side, dtype=torch.bool)
+        expected[row:row + box, column:column + box] = True
+        assert torch.equal(kept.view(side, side), expected)
+
+
+def test_box_has_about_the_keep_ratio():
+    for side, ratio, box in ((7, 0.3, 4), (16, 0.3, 9), (6, 0.3, 3), (7, 1.0, 7), (7, 0.001, 1)):
+        assert box_mask(torch.zeros(1, side * side), ratio).sum() == box * box
+
+
+def test_enlarged_box_is_the_box_resized():
+    images, importance = torch.rand(6, 3, 40, 40), torch.randn(6, 25)
+    mask = box_mask(importance, 0.3)
+    enlarged = enlarge_box(images, mask, 8, 3)
+    assert enlarged.shape == images.shape
+    for image, values, result in zip(images, importance, enlarged):
+        row, column, box = box_by_hand(values, 5, 0.3)
+        cut = image[:, 8 * row:8 * (row + box), 8 * column:8 * (column + box)]
+        expected = torch.nn.functional.interpolate(cut[None], (40, 40), mode="bilinear",
+                                                   antialias=True)[0]
+        assert torch.allclose(result, expected, atol=1e-5)
+    everything = torch.ones(6, 25, dtype=torch.bool)
+    assert torch.allclose(enlarge_box(images, everything, 8, 5), images, atol=1e-6)

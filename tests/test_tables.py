@@ -212,7 +212,7 @@ def own_store(monkeypatch):
 
 
 def test_held_out_tables_open_no_test_image(flowers, monkeypatch, capsys):
-    assert tables.HELD_OUT == ("recipe", "variants", "cvsa")
+    assert tables.HELD_OUT == ("recipe", "variants", "cvsa", "regions", "oracle", "length")
     for path in (flowers / "test").rglob("*.jpg"):
         path.write_text("no image")
     monkeypatch.setitem(tables.TABLES, "recipe", {"mocov3": ["--method", "mocov3"]})
@@ -345,6 +345,38 @@ def test_table_of_seeds(monkeypatch, capsys):
     assert all(path.stat().st_size < 200_000 for path in pictures.values())
     assert Image.open(pictures["method.png"]).width == 1200
     assert all(len(Image.open(path).getcolors()) > 20 for path in pictures.values())
+
+
+def test_bootstrap_is_of_each_row_less_the_first(monkeypatch, capsys):
+    """Of two classes with two queries each; a row without a common seed has none."""
+    def record(hits):
+        return {"queries": {"rank1": hits, "average_precision": [5000] * 4}}
+
+    monkeypatch.setattr(tables.evaluation, "read_results", lambda path: {"images": [0, 0, 1, 1]})
+    identity = tables.Identity("", "images", "", 2)
+    records = {"mocov3": {0: record("0000"), 1: record("1111")}, "crop": {1: record("0000")},
+               "lodisc": {0: record("0000")}, "other": {7: record("1111")}}
+    tables.print_bootstrap(records, identity)
+    printed = capsys.readouterr().out
+    assert "crop − mocov3, rank-1, bootstrap over seeds and queries: [-1.000, -1.000]" in printed
+    assert "lodisc − mocov3, rank-1, bootstrap over seeds and queries: [+0.000, +0.000]" in printed
+    assert printed.count("mAP") == 2 and "other" not in printed
+
+
+def test_length_table_has_the_curves(flowers, monkeypatch, capsys):
+    small = ["--image-size", "16", "--batch-size", "10", "--workers", "0"]
+    rows = {f"{count} epochs": ["--method", "mocov3", "--epochs", str(count)] for count in (1, 2)}
+    monkeypatch.setitem(tables.TABLES, "length", rows)
+    tables.main(["length", str(flowers), "--seeds", "0", *small])
+    printed = capsys.readouterr().out
+    records = {record["config"]["epochs"]: record
+               for record in tables.stored(str(flowers)).values()}
+    for name, column in (("rank-1", "rank1"), ("mAP", "mAP")):
+        part = printed[printed.index(f"{name} after each epoch"):]
+        for row, count in zip(rows, (1, 2)):
+            curve = records[count]["curve"][column]
+            assert len(curve) == count
+            assert f"| {row} | 0 | {' '.join(f'{value:.3f}' for value in curve)} |" in part
 
 
 def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypatch, capsys):

@@ -14,8 +14,9 @@ import torch
 
 import eval as evaluation
 import train
-from conftest import same, weights
-from lodisc import LoDisc, LoDiscOutput, UserError, VisionTransformer, create_vit, load_encoder
+from conftest import Killed, kill_after, same, weights
+from lodisc import (IMAGENET_MEAN, IMAGENET_STD, LoDisc, LoDiscOutput, UserError,
+                    VisionTransformer, create_vit, load_encoder)
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(__file__).parent.parent
@@ -116,7 +117,8 @@ def test_incomplete_last_batch_is_dropped(flowers):
 
 
 @pytest.mark.parametrize("options", [  # others: test_loop.py
-    ["--global-weight", "0"], ["--mask", "block"], ["--importance", "last"], ["--amp", "bf16"]])
+    ["--global-weight", "0"], ["--local-input", "crop"], ["--importance", "last"],
+    ["--amp", "bf16"]])
 def test_every_variant_trains(flowers, options):
     train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", "--out", "run"])
     train.main(["--data", str(flowers / "train"), *SMALL, "--epochs", "1", *options, "--out",
@@ -404,7 +406,7 @@ def test_download_and_data_root_arrive(flowers, monkeypatch):
 
     def load(*args):
         seen.append(args)
-        return real(str(flowers / "train"))
+        return real(str(flowers))
 
     monkeypatch.setattr(train, "load_data", load)
     for options in ([], ["--download", "--data-root", "there", "--held-out"]):
@@ -470,13 +472,15 @@ def test_option_that_the_method_lacks_raises_one_line(flowers, option):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("mask", ["random", "block"])
-@pytest.mark.parametrize("importance", ["product", "last"])
-def test_importance_of_a_mask_that_ignores_it_raises_one_line(flowers, mask, importance):
+@pytest.mark.parametrize("option, says", [
+    (["--importance", "product"], "--importance is not used by --mask random; leave it out"),
+    (["--importance", "last"], "--importance is not used by --mask random; leave it out"),
+    (["--local-input", "crop"],
+     "--local-input crop chooses a box itself: leave out --mask random")])
+def test_option_that_a_mask_would_not_use_raises_one_line(flowers, option, says):
     with pytest.raises(UserError) as error:
-        train.main(["--data", str(flowers / "train"), *SMALL, "--mask", mask, "--importance",
-                    importance])
-    assert str(error.value) == f"--importance is not used by --mask {mask}; leave it out"
+        train.main(["--data", str(flowers / "train"), *SMALL, "--mask", "random", *option])
+    assert str(error.value) == says
     assert not Path("runs").exists()
 
 
@@ -525,3 +529,85 @@ def test_spawned_workers_match_forked(flowers):
     assert done.returncode == 0, done.stderr
     train.main([*map(str, options), "--out", "here"])
     assert same(weights("spawned"), weights("here"))
+
+
+# --- retrieval among held-out images after each epoch -----------------------------------------
+
+
+class Dropping(LoDisc):
+    """Draws from torch's random stream at each step, as dropout does."""
+
+    def forward(self, view1, view2, generator=None, progress=0.0):
+        drawn = torch.nn.functional.dropout(view1, 0.1)
+        return super().forward(drawn, view2, generator, progress)
+
+
+def held_out_options(flowers, out):
+    return ["--data", str(flowers), *SMALL, "--epochs", "3", "--held-out", "--method",
+            f"{Path(__file__)}:Dropping", "--out", out]
+
+
+def epochs_of(folder):
+    with open(Path(folder) / "metrics.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_held_out_retrieval_is_of_each_epoch_and_changes_nothing(flowers, monkeypatch, quick_probe,
+                                                                 capsys):
+    seen, real_retrieval = [], train.retrieval
+
+    def retrieval(features):
+        seen.append(features)
+        return real_retrieval(features)
+
+    monkeypatch.setattr(train, "retrieval", retrieval)
+    train.main(held_out_options(flowers, "run"))
+    printed = [line for line in capsys.readouterr().out.splitlines() if "held out:" in line]
+    rows, stored = epochs_of("run"), evaluation.read_results(Path("run/eval.json"))["retrieval"]
+    assert [list(row)[-2:] for row in rows] == [["rank1", "mAP"]] * 3 and len(printed) == 3
+    for name in ("rank1", "mAP"):
+        assert float(rows[-1][name]) == pytest.approx(stored[name], abs=1e-6)
+    (first, _), (second, _), (last, labels) = seen
+    assert not torch.equal(first, second) and not torch.equal(second, last)
+    data = train.load_data(str(flowers), held_out=True)
+    preprocessing = evaluation.Preprocessing(16, IMAGENET_MEAN, IMAGENET_STD)
+    expected = evaluation.extract({"": load_encoder("run")}, data.test, preprocessing)[""]
+    assert torch.equal(labels, expected[1]) and torch.allclose(last, expected[0], atol=1e-6)
+    assert printed[-1] == f"held out: rank-1 {stored['rank1']:.3f}  mAP {stored['mAP']:.3f}"
+    modes, real = [], train.train_step
+
+    def step(model, *args):
+        modes.append(model.encoder.training)
+        return real(model, *args)
+
+    monkeypatch.setattr(train, "train_step", step)
+    train.main(held_out_options(flowers, "again"))
+    assert all(modes)
+    monkeypatch.setattr(train, "held_out_retrieval", lambda *args: {})
+    train.main(held_out_options(flowers, "without"))
+    assert same(weights("run"), weights("without")) and same(weights("run"), weights("again"))
+    run, without = (torch.load(f"{name}/checkpoint.pt") for name in ("run", "without"))
+    assert torch.equal(run["random"], without["random"])
+    assert "rank1" not in epochs_of("without")[0]
+
+
+def test_older_held_out_run_without_retrieval_resumes(flowers, monkeypatch, quick_probe):
+    """Its first epochs have no retrieval: empty cells."""
+    with monkeypatch.context() as older:
+        older.setattr(train, "held_out_retrieval", lambda *args: {})
+        kill_after(older, 3)  # of two steps in an epoch
+        with pytest.raises(Killed):
+            train.main(held_out_options(flowers, "run"))
+    train.main(["--resume", "run"])
+    rows = epochs_of("run")
+    assert rows[0]["mAP"] == "" and float(rows[1]["mAP"]) > 0 and Path("run/run.png").exists()
+    train.main(held_out_options(flowers, "whole"))
+    assert same(weights("run"), weights("whole"))
+
+
+def test_held_out_classes_of_one_image_have_no_retrieval(flowers, quick_probe, capsys):
+    for path in (flowers / "train").rglob("*.jpg"):
+        if int(path.stem) > 5:  # of six images a fifth is one
+            path.unlink()
+    train.main(["--data", str(flowers), *SMALL, "--epochs", "1", "--held-out", "--out", "run"])
+    assert "rank1" not in epochs_of("run")[0] and "held out:" not in capsys.readouterr().out

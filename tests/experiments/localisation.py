@@ -1,24 +1,52 @@
-"""Measure how well the patches that a run's momentum encoder keeps localise the object.
+"""Measure how well the patches that an encoder's importance keeps localise the object.
 
-    python tests/experiments/localisation.py runs/synthetic-lodisc-1
+    python tests/experiments/localisation.py RUN
+    python tests/experiments/localisation.py WEIGHTS --data cub --data-root DIR --out places.png
 
-On centre crops of the test images, for data with regions (the drawn birds, CUB). Prints the table
-and merges it into the run's eval.json."""
+Of data with regions: the drawn birds, CUB. The first form measures centre crops of the test images
+and merges the values into the run's eval.json. With --data every importance and shape of mask is
+compared, on training views and on centre crops of training images; nothing is stored but --out, a
+picture of the table.
+"""
 
 import argparse
+import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import eval as evaluation
+from controls import box_side, first_component, nearness, object_importance
+from data.augment import AUGMENTATION, mix_seed, plain_crop, seeded, to_tensor, view_transform
 from data.birds import BIRD, PART
-from data.datasets import default_workers, load_data
+from data.datasets import data_name, default_workers, load_data
+from data.draw import BLUE, GREY, ORANGE
 from eval import location_masks, object_cover, patch_cover
-from lodisc import UserError, load_encoder, require
+from lodisc import (UserError, attention_product, attention_rollout, box_mask, kept_count,
+                    load_encoder, location_mask, require)
+
+BATCH = 64  # images; the first principal component is the batch's
+KEEP_RATIO = 0.3
+MASKS = {"patches": location_mask, "box": box_mask}
+VIEWS = ("training view", "centre crop")
+METRICS = ("object", "parts", "border")
+PRODUCT, CHANCE, CENTRE, BEST = ("product of all layers", "chance", "nearness to the centre",
+                                 "best possible")
+
+
+# --- a run --------------------------------------------------------------------------------------
 
 
 def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers=0):
@@ -49,16 +77,261 @@ def measure(folder, workers=0):
     return localisation(encoder, test, config["importance"], config["keep_ratio"], workers)
 
 
+# --- every importance and mask ------------------------------------------------------------------
+
+
+class Places(Dataset):
+    """(view, object, points) of images: the view normalised, (3, H, W); the object in it, uint8
+    (H, W); where the parts are in it, (parts, 2): row and column in pixels, NaN outside."""
+
+    def __init__(self, dataset, points, indices, transform, seed):
+        self.dataset, self.points, self.indices = dataset, points, indices
+        self.transform, self.seed = transform, seed
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, place):
+        index = int(self.indices[place])
+        image = self.dataset[index][0]
+        region = torch.from_numpy(np.array(self.dataset.regions(index)) >= BIRD).float()
+        # every pixel carries its place in the image through the crop
+        rows, columns = torch.meshgrid(*map(torch.arange, region.shape), indexing="ij")
+        layers = tv_tensors.Mask(torch.stack([region, rows, columns]))  # (3, H, W)
+        with seeded(mix_seed(AUGMENTATION, self.seed, 0, index)):
+            view, layers = self.transform(image, layers)
+        region, rows, columns = layers.as_subclass(Tensor)
+        points = torch.stack([find(rows[:, 0], self.points[index][:, 0]),
+                              find(columns[0], self.points[index][:, 1])], dim=1)
+        points[points.isnan().any(1)] = torch.nan
+        return view, region.to(torch.uint8), points
+
+
+def find(line: Tensor, values: Tensor) -> Tensor:
+    """Return where values (n,) lie on a line of evenly spaced ones, ascending or descending, (L,):
+    float (n,), NaN outside."""
+    step = (line[-1] - line[0]).abs() / (len(line) - 1)
+    distance, place = (values[:, None] - line).abs().min(dim=1)
+    inside = distance <= step.clamp_min(1.0)
+    return torch.where(inside, place.float(), torch.nan)
+
+
+def part_points(dataset, name, root):
+    """Return where the parts of each image are, [(parts, 2)]: row and column in pixels, NaN for one
+    that is not visible. Of CUB the annotated locations, of the drawn birds the parts' centroids."""
+    if name != "cub":
+        return [centroids(dataset, i) for i in range(len(dataset))]
+    folder = Path(root) / "CUB_200_2011"
+    ids = {}
+    for line in (folder / "images.txt").read_text(encoding="utf-8").split("\n"):
+        if line:
+            image_id, path = line.split()
+            ids[folder / "images" / path] = int(image_id)
+    located = np.loadtxt(folder / "parts" / "part_locs.txt")  # image, part, x, y, visible
+    located[located[:, 4] == 0, 2:4] = np.nan
+    count = int(located[:, 1].max())
+    order = np.lexsort((located[:, 1], located[:, 0]))
+    points = torch.from_numpy(located[order][:, [3, 2]]).float().view(-1, count, 2)
+    return [points[ids[Path(path)] - 1] for path in dataset.paths]
+
+
+def centroids(dataset, index):
+    parts = torch.from_numpy(np.array(dataset.part_map(index)))
+    points = []
+    for part in range(1, len(dataset.parts)):
+        pixels = (parts == part).nonzero().float()
+        points.append(pixels.mean(0) if len(pixels) else torch.full((2,), torch.nan))
+    return torch.stack(points)
+
+
+def importances(encoder, images) -> dict:
+    """Return {name: importance (B, N)} of one pass over the images, and the centre's."""
+    features, patches, matrices = encoder.encode(images, kind="matrix")  # (B, T, T) a layer
+    count = encoder.num_patches
+    rows = [matrix[:, 0, -count:] for matrix in matrices]  # (B, N) a layer
+    return {
+        PRODUCT: attention_product(rows),
+        "rollout": attention_rollout(matrices)[:, -count:],
+        "last layer": rows[-1],
+        "product of the last four": attention_product(rows[-4:]),
+        "cosine with the class token": F.cosine_similarity(patches, features[:, None], dim=2),
+        "first principal component": first_component(patches),
+        CENTRE: nearness(count).expand(len(images), -1),
+    }
+
+
+def chance_shares(num_patches, shape):
+    """Return how often each patch is kept by a random mask of the shape: (N,)."""
+    if shape == "patches":
+        return torch.full((num_patches,), kept_count(num_patches, KEEP_RATIO) / num_patches)
+    side, box = math.isqrt(num_patches), box_side(num_patches, KEEP_RATIO)
+    places = side - box + 1  # of the box, along a side
+    covered = [min(i + 1, side - i, box, places) / places for i in range(side)]
+    return torch.outer(torch.tensor(covered), torch.tensor(covered)).flatten()
+
+
+def place_metrics(mask, cover, points, patch_size):
+    """Of masks (B, N), bool or how often a patch is kept, return {metric: values (B,)}: "object":
+    the fraction of the kept patches that the object covers, cover (B, N); "parts": the fraction of
+    the visible parts in kept patches, NaN without any; "border": of kept patches on the border."""
+    side = math.isqrt(mask.shape[1])
+    border = torch.ones(side, side)
+    border[1:-1, 1:-1] = 0
+    weights = mask.float() / mask.sum(1, keepdim=True)  # (B, N)
+    visible = ~points.isnan().any(2)  # (B, parts)
+    patch = (points.nan_to_num() // patch_size).long()  # (B, parts, 2)
+    patch = patch[:, :, 0] * side + patch[:, :, 1]
+    inside = mask.float().gather(1, patch) * visible
+    return {"object": (weights * cover).sum(1), "border": weights @ border.flatten(),
+            "parts": inside.sum(1) / visible.sum(1)}  # 0 / 0: NaN
+
+
+@torch.no_grad()
+def compare(encoder, places, workers=0, device="cpu"):
+    """Return {(mask, importance): {metric: values of all images (n,)}}."""
+    values = {}
+    for images, regions, points in DataLoader(places, BATCH, num_workers=workers,
+                                              generator=torch.Generator()):
+        cover = F.avg_pool2d(regions.float(), encoder.patch_size).flatten(1)  # (B, N)
+        found = {name: importance.cpu()
+                 for name, importance in importances(encoder, images.to(device)).items()}
+        found[BEST] = object_importance(regions, encoder.patch_size)
+        for shape, choose in MASKS.items():
+            masks = {name: choose(importance, KEEP_RATIO) for name, importance in found.items()}
+            masks = {CHANCE: chance_shares(encoder.num_patches, shape).expand_as(cover), **masks}
+            for name, mask in masks.items():
+                metrics = place_metrics(mask, cover, points, encoder.patch_size)
+                row = values.setdefault((shape, name), {metric: [] for metric in METRICS})
+                for metric in METRICS:
+                    row[metric].append(metrics[metric])
+    return {key: {metric: torch.cat(batches) for metric, batches in row.items()}
+            for key, row in values.items()}
+
+
+def mean_and_half(values):
+    """Return the mean of values (n,) without NaN, and half the width of its 95 % interval."""
+    values = values[~values.isnan()]
+    return values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5
+
+
+class Row(NamedTuple):
+    """A line of the table: {(view, metric): (mean, half of the interval)}, and the object's cover
+    less the product's, on the same training views."""
+
+    size: int
+    mask: str
+    importance: str
+    cells: dict
+    difference: tuple
+
+
+def rows_of(size, by_view):
+    """by_view: {view: what `compare` returns} -> Rows."""
+    rows = []
+    for mask, name in by_view[VIEWS[0]]:
+        cells = {(view, metric): mean_and_half(by_view[view][mask, name][metric])
+                 for metric in METRICS for view in VIEWS}
+        views = by_view[VIEWS[0]]
+        difference = mean_and_half(views[mask, name]["object"] - views[mask, PRODUCT]["object"])
+        rows.append(Row(size, mask, name, cells, difference))
+    return rows
+
+
+def markdown(rows):
+    """Return the lines of the table."""
+    columns = [(view, metric) for metric in METRICS for view in VIEWS]
+    lines = ["| px | mask | importance | " + " | ".join(f"{m}, {v}" for v, m in columns)
+             + " | object − product's |", "|---" * (len(columns) + 4) + "|"]
+    for row in rows:
+        cells = ["{:.3f} ± {:.3f}".format(*row.cells[column]) for column in columns]
+        difference = ""
+        if row.importance not in (PRODUCT, CHANCE):
+            difference = "{:+.3f} ± {:.3f}".format(*row.difference)
+        lines.append(f"| {row.size} | {row.mask} | {row.importance} | {' | '.join(cells)} | "
+                     f"{difference} |")
+    return lines
+
+
+def picture(rows):
+    """Draw the object's cover of each row: a panel for each size and mask, training views and
+    centre crops in two colours, with their intervals."""
+    font, large = ImageFont.load_default(14), ImageFont.load_default(16)
+    panels = list(dict.fromkeys((row.size, row.mask) for row in rows))
+    names = list(dict.fromkeys(row.importance for row in rows))
+    left, step, width, head = 210, 24, (1200 - 210) // len(panels), 70
+    page = Image.new("RGB", (1200, head + step * len(names) + 40), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((left, 8), "fraction of the kept patches that the object covers", "black", large)
+    for view, colour, x in zip(VIEWS, (BLUE, ORANGE), (650, 800)):
+        pen.text((x, 8), view, colour, large)
+    bottom = head + step * len(names)
+    for y, name in enumerate(names):
+        pen.text((left - 16, head + step * y + step // 2), name, "black", font, anchor="rm")
+    for i, panel in enumerate(panels):
+        start, end = left + i * width, left + (i + 1) * width - 30
+        pen.text((start, head - 24), "{} px, {}".format(*panel), "black", font)
+        for level in (0.4, 0.6, 0.8, 1.0):
+            x = start + (end - start) * (level - 0.3) / 0.7
+            pen.line([(x, head), (x, bottom)], (225, 225, 225))
+            pen.text((x, bottom + 6), f"{level:g}", GREY, font, anchor="mt")
+        for row in rows:
+            if (row.size, row.mask) != panel:
+                continue
+            y = head + step * names.index(row.importance) + step // 2
+            for view, colour, shift in zip(VIEWS, (BLUE, ORANGE), (-4, 4)):
+                mean, half = row.cells[view, "object"]
+                low, x, high = (start + (end - start) * (value - 0.3) / 0.7
+                                for value in (mean - half, mean, mean + half))
+                pen.line([(low, y + shift), (high, y + shift)], colour, 2)
+                pen.ellipse((x - 3, y + shift - 3, x + 3, y + shift + 3), colour)
+    return page
+
+
+def compare_all(args):
+    """Print the table of all importances, and draw it."""
+    data, name = load_data(args.data, args.data_root).train, args.data
+    require(hasattr(data, "regions"), f"{name} has no regions; the drawn birds and CUB have",
+            UserError)
+    device = evaluation.pick_device("auto")
+    indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:args.images]
+    points, rows = part_points(data, name, args.data_root), []
+    for size in args.image_size:
+        encoder = load_encoder(args.checkpoint, image_size=size).to(device)
+        normalisation = encoder.mean, encoder.std
+        transforms = {VIEWS[0]: view_transform(size, *normalisation, args.crop_min, 1.0, 0.0),
+                      VIEWS[1]: v2.Compose(plain_crop(size)[1:] + to_tensor(*normalisation))}
+        by_view = {}
+        for view, transform in transforms.items():
+            places = Places(data, points, indices, transform, seed=0)
+            by_view[view] = compare(encoder, places, args.workers, device)
+        rows += rows_of(size, by_view)
+    print(f"{len(indices)} training images of {name}, {KEEP_RATIO:.0%} of the patches; mean ± half "
+          f"of the 95 % interval over images; {encoder.source}\n")
+    print("\n".join(markdown(rows)))
+    if args.out:
+        evaluation.save_picture(picture(rows), args.out)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--workers", type=int, default=default_workers())
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a run's folder, or with --data published weights too")
+    add("--workers", type=int, default=default_workers())
+    add("--data", type=data_name, help="compare every importance and mask on these images")
+    add("--data-root", default="datasets", help="folder of the named data sets")
+    add("--image-size", type=int, nargs="+", default=[98, 224], help="pixels per side")
+    add("--images", type=int, default=2000, help="drawn from the training images with seed 0")
+    add("--crop-min", type=float, default=0.08, help="smallest fraction of an image in a view")
+    add("--out", type=Path, help="picture of the table")
     args = parser.parse_args(argv)
+    if args.data:
+        compare_all(args)
+        return
     with torch.no_grad():
-        metrics = measure(args.run, args.workers)
+        metrics = measure(args.checkpoint, args.workers)
     for name, value in metrics.items():
         print(f"{name:<16}{value:.2f}")
-    evaluation.save_results(args.run, {"momentum encoder": {"localisation": metrics}})
+    evaluation.save_results(args.checkpoint, {"momentum encoder": {"localisation": metrics}})
 
 
 if __name__ == "__main__":

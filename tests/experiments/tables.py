@@ -50,6 +50,7 @@ from lodisc import (LoDisc, UserError, load_encoder, location_mask, mask_pixels,
 
 RUNS, STORE = Path("runs/experiments"), HERE / "results"
 MOCOV3, LOCAL, TWICE = ["--method", "mocov3"], ["--global-weight", "0"], ["--epochs", "twice"]
+CROP, LONG = ["--local-input", "crop"], ["--epochs", "12"]
 BASELINES = ROOT / "tests" / "baselines"
 CVSA = ["--method", f"{BASELINES}/cvsa.py:CVSA"]
 NEIGHBOURS = {"CVSA (after the abstract)": CVSA,
@@ -61,13 +62,15 @@ RECIPE_TRIALS = (  # encoder learning rate, smallest crop, EMA: one factor at a 
 KEEP_01, KEEP_05, KEEP_07 = (["--keep-ratio", ratio] for ratio in ("0.1", "0.5", "0.7"))
 TOKENS, LAST = ["--local-input", "tokens"], ["--importance", "last"]
 BLUR = ["--method", f"{HERE}/tables.py:Blurred", "--method-option", "blur=True"]
+CONTROLS = {name: ["--method", f"{HERE}/controls.py:{name}"]
+            for name in ("Block", "Centre", "Anywhere", "FirstComponent", "Oracle", "Antioracle")}
 # table: {row: options of train.py}; the others are compared with the first row
 TABLES = {
     "methods": {"mocov3": MOCOV3, "local alone": LOCAL, "lodisc": []},
     "neighbours": {"lodisc": [], "mocov3": MOCOV3, **NEIGHBOURS},
     "pretrained": {"mocov3": MOCOV3, "lodisc": [], "mocov3, epochs x 2": [*MOCOV3, *TWICE],
                    "lodisc, epochs x 2": TWICE, "local alone": LOCAL, **NEIGHBOURS},
-    "masks": {"random": ["--mask", "random"], "location": [], "block": ["--mask", "block"],
+    "masks": {"random": ["--mask", "random"], "location": [], "block": CONTROLS["Block"],
               "least": ["--mask", "least"], "mocov3": MOCOV3},
     "details": {"lodisc": [], "keep 0.1": KEEP_01, "keep 0.5": KEEP_05, "keep 0.7": KEEP_07,
                 "rollout": ["--importance", "rollout"], "last layer": LAST, "tokens": TOKENS},
@@ -82,6 +85,21 @@ TABLES = {
     # held out: the weight of CVSA's alignment loss
     "cvsa": {f"CVSA (after the abstract), weight {weight}": [
         *CVSA, "--method-option", f"weight={weight}"] for weight in ("0.03", "0.1", "0.3", "1")},
+    # held out: what the local branch sees
+    "regions": {"mocov3": MOCOV3, "lodisc": [], "local weight 0.5": ["--local-weight", "0.5"],
+                "crop": CROP, "crop anywhere": [*CONTROLS["Anywhere"], *CROP],
+                "crop at the centre": [*CONTROLS["Centre"], *CROP],
+                "crop, first component": [*CONTROLS["FirstComponent"], *CROP]},
+    # held out, of data with regions: if it were told where the object is
+    "oracle": {"mocov3": MOCOV3, "lodisc": [], "oracle": CONTROLS["Oracle"],
+               "antioracle": CONTROLS["Antioracle"], "crop": CROP,
+               "oracle, crop": [*CONTROLS["Oracle"], *CROP],
+               "antioracle, crop": [*CONTROLS["Antioracle"], *CROP]},
+    # held out, the schedule stretched to each length
+    "length": {"mocov3": MOCOV3, "lodisc": [], "crop": CROP, "mocov3, epochs x 4": [*MOCOV3, *LONG],
+               "lodisc, epochs x 4": LONG, "crop, epochs x 4": [*CROP, *LONG]},
+    # test images, with fresh seeds
+    "benchmark": {"mocov3": MOCOV3, "lodisc": [], "crop": CROP},
     # the two best variants on cars98, on its test images with fresh seeds
     "confirmed": {"mocov3": MOCOV3, "lodisc": [], "keep 0.7": KEEP_07,
                   "local weight 0.5": ["--local-weight", "0.5"]},
@@ -90,7 +108,8 @@ for trial in RECIPE_TRIALS:
     lr, crop, ema = trial.split()
     TABLES["recipe"][f"encoder-lr {lr}, crop-min {crop}, momentum {ema}"] = [
         *MOCOV3, "--encoder-lr", lr, "--crop-min", crop, "--momentum", ema]
-HELD_OUT = ("recipe", "variants", "cvsa")
+HELD_OUT = ("recipe", "variants", "cvsa", "regions", "oracle", "length")
+WITH_BOOTSTRAP = ("regions", "oracle", "benchmark")
 SCRATCH = "from scratch"
 COLUMNS = {name: place for name, place in evaluation.METRICS.items() if name != "top-5"}
 WHERE = {"on the bird": ("localisation", "object"), "on its parts": ("localisation", "parts"),
@@ -309,9 +328,11 @@ def store(data, name, identity, folder, init=None):
     test = train.load_data(config["data"], config["data_root"], held_out=config["held_out"]).test
     settings = {key: value for key, value in config.items()
                 if key not in (*train.MOVABLE, "method")}
+    curve = {column: [float(epoch[column]) for epoch in epochs]  # held out
+             for column in ("rank1", "mAP") if column in epochs[0]}
     record = {"name": name, **identity._asdict(), "source": Path(init).name if init else "",
               "where": f"{torch.get_num_threads()} threads, torch {torch.__version__}",
-              "config": settings, "losses": losses,
+              "config": settings, "losses": losses, "curve": curve,
               "metrics": {**metrics_of(folder), "time": {"training": seconds}},
               "queries": pack(per_image)}
     STORE.mkdir(parents=True, exist_ok=True)
@@ -556,7 +577,12 @@ def print_table(table, data, identity, records):
     if table == "pretrained":
         print_part("features: the mean of the patch tokens", rows, "mean", COLUMNS)
         print_part("with only some patches shown, of the momentum encoder", rows, "kept", KEPT)
+        print_bootstrap({row: records[row] for row in ("mocov3", "lodisc") if row in records},
+                        identity)
+    if table in WITH_BOOTSTRAP:
         print_bootstrap(records, identity)
+    if table == "length":
+        print_curves(records)
 
 
 def print_part(title, rows, part, columns):
@@ -572,17 +598,28 @@ def print_part(title, rows, part, columns):
 
 
 def print_bootstrap(records, identity):
-    """Print the bootstrap intervals of LoDisc − MoCo v3, over the seeds that both have."""
-    lodisc, mocov3 = records.get("lodisc", {}), records.get("mocov3", {})
-    seeds = [seed for seed in lodisc if seed in mocov3]
-    if not seeds:
-        return
+    """Print the bootstrap intervals of each row − the first, over the seeds that both have."""
     classes = evaluation.read_results(STORE / "classes.json")[identity.images]
-    for name, key in (("rank-1", "rank1"), ("mAP", "average_precision")):
-        differences = [unpack(lodisc[seed]["queries"], key) - unpack(mocov3[seed]["queries"], key)
-                       for seed in seeds]
-        print(f"\nlodisc − mocov3, {name}, bootstrap over seeds and queries: "
-              f"{bootstrap(np.stack(differences), classes)}")
+    base, *rivals = records
+    for row in rivals:
+        seeds = [seed for seed in records[row] if seed in records[base]]
+        if not seeds:
+            continue
+        for name, key in (("rank-1", "rank1"), ("mAP", "average_precision")):
+            differences = [unpack(records[row][seed]["queries"], key)
+                           - unpack(records[base][seed]["queries"], key) for seed in seeds]
+            print(f"\n{row} − {base}, {name}, bootstrap over seeds and queries: "
+                  f"{bootstrap(np.stack(differences), classes)}")
+
+
+def print_curves(records):
+    """Print retrieval among the held-out images after each epoch, of runs that have it."""
+    for name, column in (("rank-1", "rank1"), ("mAP", "mAP")):
+        print(f"\n{name} after each epoch\n")
+        for row, seeds in records.items():
+            for seed, record in sorted(seeds.items()):
+                values = " ".join(f"{value:.3f}" for value in record["curve"].get(column, []))
+                print(f"| {row} | {seed} | {values} |")
 
 
 if __name__ == "__main__":
