@@ -379,6 +379,36 @@ def test_length_table_has_the_curves(flowers, monkeypatch, capsys):
             assert f"| {row} | 0 | {' '.join(f'{value:.3f}' for value in curve)} |" in part
 
 
+def test_chart_is_of_the_benchmark_on_all_data_sets(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(tables, "HERE", Path("drawn"))
+    monkeypatch.setattr(tables, "chart", lambda results: seen.update(results) or real(results))
+    monkeypatch.setattr(tables, "records_of", lambda data, options: {"identity": {
+        row: {seed: {"metrics": metrics(0.1 * place + 0.02 * seed)} for seed in (5, 7)}
+        for place, row in enumerate(options, start=3)}})
+    Path("drawn/pictures").mkdir(parents=True)
+    tables.main(["chart", "--amp", "bf16"])
+    assert list(seen) == ["rank-1", "mAP"]
+    for groups in seen.values():
+        assert list(groups) == list(tables.CHART.values())
+    bars = seen["mAP"]["cars98"]
+    assert list(bars) == ["initial weights", "MoCo v3", "LoDisc", "LoDisc, crop"]
+    assert bars["initial weights"] == (pytest.approx(0.1), 0)
+    for place, name in enumerate(list(bars)[1:], start=3):
+        mean, half = bars[name]  # of two values 0.02 apart: 12.706 times 0.01
+        assert mean == pytest.approx((0.1 * place + 0.12) / 2)
+        assert half == pytest.approx(0.127, 0.01)
+    assert Image.open("drawn/pictures/results.png").width == 1200
+
+
+real = tables.chart
+
+
+def metrics(value):
+    return {"retrieval": {"rank1": value, "mAP": value / 2},
+            "initial": {"retrieval": {"rank1": 0.2, "mAP": 0.1}}}
+
+
 def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypatch, capsys):
     export_encoder("nano.pth", depth=4)
     monkeypatch.setattr(tables.evaluation, "STRENGTHS", (1.0,))

@@ -4,6 +4,7 @@
     python tests/experiments/tables.py pretrained flowers17 --data-root DIR --init WEIGHTS
     python tests/experiments/tables.py recipe cars98 --init WEIGHTS   # any data that train.py takes
     python tests/experiments/tables.py pictures                 # tests/experiments/pictures
+    python tests/experiments/tables.py chart                    # of all stored "benchmark" runs
 
 Each run has a folder in runs/experiments; the same command resumes a killed one. A finished run is
 a line of results/<data>.jsonl and is not run again. A table has all seeds stored there with
@@ -43,6 +44,7 @@ from data.augment import plain_crop, to_tensor
 from data.birds import Birds
 from data.datasets import hash_images
 from data.draw import example_indices, sheet
+from chart import chart
 from figure import overview
 from kept import SHOWN, border_fractions, measure, mosaic
 from lodisc import (LoDisc, UserError, load_encoder, location_mask, mask_pixels, read_weights,
@@ -50,7 +52,7 @@ from lodisc import (LoDisc, UserError, load_encoder, location_mask, mask_pixels,
 
 RUNS, STORE = Path("runs/experiments"), HERE / "results"
 MOCOV3, LOCAL, TWICE = ["--method", "mocov3"], ["--global-weight", "0"], ["--epochs", "twice"]
-CROP, LONG = ["--local-input", "crop"], ["--epochs", "12"]
+CROP, SHORT, LONG = ["--local-input", "crop"], ["--epochs", "3"], ["--epochs", "12"]
 BASELINES = ROOT / "tests" / "baselines"
 CVSA = ["--method", f"{BASELINES}/cvsa.py:CVSA"]
 NEIGHBOURS = {"CVSA (after the abstract)": CVSA,
@@ -96,8 +98,9 @@ TABLES = {
                "oracle, crop": [*CONTROLS["Oracle"], *CROP],
                "antioracle, crop": [*CONTROLS["Antioracle"], *CROP]},
     # held out, the schedule stretched to each length
-    "length": {"mocov3": MOCOV3, "lodisc": [], "crop": CROP, "mocov3, epochs x 4": [*MOCOV3, *LONG],
-               "lodisc, epochs x 4": LONG, "crop, epochs x 4": [*CROP, *LONG]},
+    "length": {"mocov3, 3 epochs": [*MOCOV3, *SHORT], "lodisc, 3 epochs": SHORT,
+               "crop, 3 epochs": [*CROP, *SHORT], "mocov3, 12 epochs": [*MOCOV3, *LONG],
+               "lodisc, 12 epochs": LONG, "crop, 12 epochs": [*CROP, *LONG]},
     # test images, with fresh seeds
     "benchmark": {"mocov3": MOCOV3, "lodisc": [], "crop": CROP},
     # the two best variants on cars98, on its test images with fresh seeds
@@ -119,6 +122,8 @@ KEPT = {"rank-1, all": ("all", "rank1"), **{f"rank-1, {mask}": (mask, "rank1") f
         "mAP, all": ("all", "mAP"), **{f"mAP, {mask}": (mask, "mAP") for mask in SHOWN[:2]},
         **{f"own image, {mask}": (mask, "own") for mask in SHOWN[:2]},
         "in common": ("location", "in_common")}
+CHART = {"cub": "CUB-200-2011", "grocery": "Grocery Store", "flowers17": "Oxford flowers 17",
+         "cars98": "cars98"}
 BEFORE = {"raw pixels": "pixels", "untrained": "untrained", "initial": "initial"}
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
            10: 2.262}  # number of values: 97.5 % point of Student's t
@@ -490,10 +495,38 @@ def pictures(data, seed, root=None, init=None, more_options=()):
         page.quantize(128).save(HERE / "pictures" / f"{name}.png", optimize=True)
 
 
+def mean_and_half(values):
+    """Return the mean of values and half the width of its 95 % interval, by Student's t; 0 for one
+    value."""
+    if len(values) == 1:
+        return values[0], 0.0
+    return (statistics.mean(values),
+            STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5)
+
+
+def draw_chart(more_options):
+    """Draw pictures/results.png: rank-1 and mAP of the "benchmark" runs on the test images."""
+    results = {"rank-1": {}, "mAP": {}}
+    for data, title in CHART.items():
+        options = {row: words + more_options for row, words in TABLES["benchmark"].items()}
+        whole = [rows for rows in records_of(data, options).values() if all(rows.values())]
+        require(whole, f"not all rows of benchmark are stored for {data}", UserError)
+        rows = whole[-1]
+        runs = {"initial weights": [record["metrics"]["initial"] for record in
+                                    rows["mocov3"].values()]}
+        for row, name in (("mocov3", "MoCo v3"), ("lodisc", "LoDisc"), ("crop", "LoDisc, crop")):
+            runs[name] = [record["metrics"] for record in rows[row].values()]
+        for metric, (part, key) in (("rank-1", COLUMNS["rank-1"]), ("mAP", COLUMNS["mAP"])):
+            results[metric][title] = {
+                name: mean_and_half([metrics[part][key] for metrics in of_name])
+                for name, of_name in runs.items()}
+    evaluation.save_picture(chart(results).quantize(64), HERE / "pictures" / "results.png")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("table", choices=[*TABLES, "pictures"])
+    add("table", choices=[*TABLES, "pictures", "chart"])
     add("data", nargs="?", default="synthetic")
     add("--data-root", help="as for train.py")
     add("--init", type=train.absolute, help="as for train.py, in all rows")
@@ -508,6 +541,9 @@ def main(argv=None):
     if args.table == "pictures":
         require(args.seeds, "pictures: give the seed of the runs by --seeds", UserError)
         pictures(data, args.seeds[0], args.data_root, args.init, more_options)
+        return
+    if args.table == "chart":
+        draw_chart(more_options)
         return
     table = TABLES[args.table]
     for row in args.rows or ():
