@@ -295,13 +295,15 @@ def patch_cover(dataset, size, patch_size, least=BIRD):
     return F.avg_pool2d((regions >= least).float(), patch_size).flatten(1)
 
 
-def location_masks(encoder, dataset, importance="product", keep_ratio=0.3, workers=0):
-    """Return the location masks of a data set's centre crops: bool (n, N)."""
+def location_masks(encoder, dataset, importance="product", keep_ratio=0.3, workers=0,
+                   choose=location_mask):
+    """Return the location masks of a data set's centre crops, or what else the function `choose`
+    keeps: bool (n, N)."""
     preprocessing = Preprocessing(encoder.image_size, encoder.mean, encoder.std)
     masks = []
     with naming_dead_workers():
         for images, _ in plain_loader(dataset, preprocessing, workers):
-            masks.append(location_mask(importance_of(encoder, images, importance), keep_ratio))
+            masks.append(choose(importance_of(encoder, images, importance), keep_ratio))
     return torch.cat(masks)
 
 
@@ -495,6 +497,8 @@ def build_model(config, fresh=True):
         encoder = VisionTransformer(**{name: sizes[name] for name in names},
                                     learned_positions=has_init, train_projection=has_init)
     encoder.mean, encoder.std = config["mean"], config["std"]  # --normalise's, if given
+    require(config["mask"] != "block", "the run has --mask block, which has moved to "
+            "tests/experiments/controls.py:Block: give that to a new run's --method", UserError)
     method = load_method(config["method"])
     options = {name: config[name] for name in method.OPTIONS}
     try:
@@ -733,7 +737,7 @@ def draw_masks(args, encoder, config, device):
         own = read_own_maps(args, config) if hasattr(model, "annotate") else None
         data = own[0] if own else read_data(args, config)
         if hasattr(data.test, "regions"):
-            measure_place(args, model.momentum_encoder, config, data.test)
+            measure_place(args, model, config, data.test)
         if own:
             page = map_page(model, data.train, own[1])
         else:
@@ -743,10 +747,11 @@ def draw_masks(args, encoder, config, device):
     print(f"wrote {path}")
 
 
-def measure_place(args, encoder, config, dataset):
-    """Print and save where the location masks of all images lie, of a data set with regions."""
+def measure_place(args, model, config, dataset):
+    """Print and save where the pivotal patches of all images lie, of a data set with regions."""
     importance, keep_ratio = config.get("importance", "product"), config.get("keep_ratio", 0.3)
-    masks = location_masks(encoder, dataset, importance, keep_ratio, args.workers)
+    encoder, choose = model.momentum_encoder, getattr(model, "pivotal_mask", location_mask)
+    masks = location_masks(encoder, dataset, importance, keep_ratio, args.workers, choose)
     cover = patch_cover(dataset, encoder.image_size, encoder.patch_size)
     place = {"object_cover": object_cover(masks, cover), "border_fraction": border_fraction(masks)}
     chance = border_fraction(torch.ones_like(masks))

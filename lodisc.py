@@ -67,8 +67,9 @@ class Attention(nn.Module):
 
     def forward(self, x, kind=None, class_only=False):
         """x (B, T, D), the class token first -> features (B, T, D), or that token's, (B, 1, D), if
-        class_only; and `attention_weights`, mean over heads: kind "row", of the class token's
-        query, (B, T); "matrix", of all queries, (B, T, T); None: None."""
+        class_only; in qkv, q, k and v, and in each of them the heads, lie side by side. And
+        `attention_weights`, mean over heads: kind "row", of the class token's query, (B, T);
+        "matrix", of all queries, (B, T, T); None: None."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         weights = None
         if kind == "row":
@@ -112,7 +113,8 @@ class PatchEmbed(nn.Module):
 def sincos_positions(side: int, dim: int) -> Tensor:
     """Return fixed 2-D sine-cosine positions (1, 1 + side * side, dim), float32.
     Zeros for the class token, then patches, row by row. A quarter of the channels each is
-    sin(row * w), cos(row * w), sin(column * w), cos(column * w). Source: MoCo v3, section 4.4."""
+    sin(row * w), cos(row * w), sin(column * w), cos(column * w); row and column count from 0;
+    w_i = 10000 ** -(i / (dim / 4)), i = 0 to dim / 4 - 1. Source: MoCo v3, section 4.4."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
     angles = torch.arange(side)[:, None] * frequencies  # (side, dim/4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, dim/2)
@@ -124,8 +126,8 @@ def sincos_positions(side: int, dim: int) -> Tensor:
 class VisionTransformer(nn.Module):
     """ViT encoder; its feature is the class token after the last LayerNorm. Images have image_size
     pixels per side, normalised by `mean` and `std`. As in MoCo v3 (section 4, against instability),
-    positions are fixed and the patch projection keeps its random values, unless said otherwise.
-    registers: extra tokens after the class token, without position. ValueError for bad sizes."""
+    positions are fixed and the patch projection is not trained, unless learned_positions and
+    train_projection. registers: extra tokens after the class token, without position."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, *, registers=0, eps=1e-6,
                  learned_positions=False, train_projection=False):
@@ -210,7 +212,8 @@ def attention_product(attentions: list[Tensor], patches=None) -> Tensor:
     """The paper's importance: the class token's attention multiplied elementwise over all layers.
     attentions: rows (B, N) of each layer, the mean over heads -> (B, N), the LOG of the product:
     the sum over layers of log a_l. It has the same order and does not underflow: 1e-4 in each of 12
-    layers is 1e-48. No logarithm is infinite. patches: unused here. Source: the overview figure."""
+    layers is 1e-48. Weights below torch.finfo(torch.float32).tiny count as that: no logarithm is
+    infinite. patches: unused here. Source: the overview figure."""
     tiny = torch.finfo(torch.float32).tiny
     return torch.stack([row.clamp_min(tiny).log() for row in attentions]).sum(dim=0)
 
@@ -236,13 +239,13 @@ def mask_pixels(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
 
 def box_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     """Keep the square box, of about keep_ratio of the patches, with the greatest sum of importance;
-    of equal sums the upper, then the left. As `location_mask` otherwise. For "crop", ours."""
+    of equal sums the upper, then the left; else as `location_mask`. Ours, for "crop"."""
     grid = importance.unflatten(1, (math.isqrt(importance.shape[1]), -1))  # (B, rows, columns)
     box = max(1, round(math.sqrt(keep_ratio * importance.shape[1])))  # patches per side
     scores = F.avg_pool2d(grid, box, stride=1)  # of each place, (B, down, across)
     best = F.one_hot(scores.flatten(1).argmax(dim=1), scores[0].numel()).view(scores.shape)
-    around = F.pad(best.float(), [box - 1] * 4)
-    return F.max_pool2d(around, box, stride=1).flatten(1).bool()  # the box covers what is in reach
+    around = F.pad(best.float(), [box - 1] * 4)  # a patch is kept if the place is up to box - 1
+    return F.max_pool2d(around, box, stride=1).flatten(1).bool()  # above it, and to its left
 
 def enlarge_box(images: Tensor, mask: Tensor, patch_size: int, side: int) -> Tensor:
     """Cut out the box of side * side patches that the mask keeps and enlarge it, bilinearly, to the
@@ -250,7 +253,8 @@ def enlarge_box(images: Tensor, mask: Tensor, patch_size: int, side: int) -> Ten
     size, columns = side * patch_size, images.shape[3] // patch_size
     boxes = images.unfold(2, size, patch_size).unfold(3, size, patch_size)  # at each place
     first = mask.int().argmax(dim=1)  # the upper left patch, (B,)
-    boxes = boxes[torch.arange(len(images)), :, first // columns, first % columns]
+    batch = torch.arange(len(images), device=images.device)
+    boxes = boxes[batch, :, first // columns, first % columns]  # (B, 3, size, size)
     return F.interpolate(boxes, images.shape[2:], mode="bilinear")
 
 def kept_indices(mask: Tensor, k: int) -> Tensor:
@@ -260,8 +264,8 @@ def kept_indices(mask: Tensor, k: int) -> Tensor:
 
 # --- Ablations: other importances and masks, and the registries of both ----------------------
 def attention_rollout(attentions: list[Tensor], patches=None) -> Tensor:
-    """The class token's row of the product of (A_L + I) / 2 ... (A_1 + I) / 2: matrices (B, T, T),
-    first layer first -> (B, R + N). No autocast. Abnar and Zuidema, arXiv 2005.00928."""
+    """Return the class token's row of the product (A_L + I) / 2 ... (A_1 + I) / 2, of all layers'
+    matrices A (B, T, T), first layer first -> (B, R + N). Abnar and Zuidema, arXiv 2005.00928."""
     row = torch.zeros_like(attentions[0][:, 0])  # (B, T)
     row[:, 0] = 1  # the class token
     with torch.autocast(row.device.type, enabled=False):
@@ -326,10 +330,9 @@ def predictor(dim: int, hidden_dim: int) -> nn.Sequential:
 
 @torch.no_grad()
 def momentum_update(online: nn.Module, momentum: nn.Module, m: float) -> None:
-    """Exponential moving average, in place: momentum <- m * momentum + (1 - m) * online. Not of
-    BatchNorm's running statistics. By lerp_, so that equal weights stay equal to the last bit."""
+    """EMA, in place: momentum <- m * momentum + (1 - m) * online. Not of BatchNorm's statistics."""
     for old, new in zip(momentum.parameters(), online.parameters(), strict=True):
-        old.lerp_(new, 1 - m)
+        old.lerp_(new, 1 - m)  # equal weights stay equal to the last bit
 
 def momentum_schedule(step: int, total: int, base: float = 0.99) -> float:
     """Return the EMA momentum of a step: base at step 0, by half a cosine to 1 at total (BYOL)."""
@@ -368,7 +371,8 @@ class MoCoV3(nn.Module):
 
     OPTIONS = ("temperature", "hidden_dim", "output_dim")  # train.py passes these settings
     importance, keep_ratio = "product", 0.3  # of the patches to draw; MoCo v3 masks nothing
-    pivotal_mask, LOSSES = staticmethod(location_mask), ("global_loss",)
+    pivotal_mask = staticmethod(location_mask)
+    LOSSES = ("global_loss",)
 
     def __init__(self, encoder, temperature=0.2, hidden_dim=4096, output_dim=256):
         super().__init__()
@@ -382,8 +386,8 @@ class MoCoV3(nn.Module):
 
     def forward(self, view1, view2, generator=None, progress=0.0):
         """Two augmentations of the same images, (B, 3, H, W) -> MoCoV3Output: the `contrast` of
-        each view's query with the OTHER view's key, summed. Each view has its own passes: BatchNorm
-        never mixes them. generator, progress (0 to 1, of the run): for subclasses. ValueError."""
+        each view's query with the OTHER view's key, summed. Each view has its own passes, which
+        BatchNorm never mixes. generator, progress: for subclasses. ValueError as `check_views`."""
         check_views(view1, view2)
         q1, q2 = self.query(view1), self.query(view2)
         with torch.no_grad():  # stop-gradient
@@ -502,8 +506,7 @@ METHODS = {"lodisc": LoDisc, "mocov3": MoCoV3}
 # --- 6. Published weights: load_encoder ------------------------------------------------------
 FORMATS = {  # the class token's name, after any prefix: whose names; timm's are most others' too
     "embeddings.cls_token": "Hugging Face's names", "class_token": "torchvision's names",
-    "cls_token": "timm's names",
-}
+    "cls_token": "timm's names"}
 RENAMES = (  # (pattern, replacement), in turn, to timm's names
     (r"\b\w*module\.|\b_orig_mod\.", ""), (r"^blocks\.\d+\.(\d+\.)", r"blocks.\1"),  # chunks
     (r"^embeddings\.", ""), (r"^class_token", "cls_token"), (r"^register_tokens", "reg_token"),
@@ -516,20 +519,17 @@ RENAMES = (  # (pattern, replacement), in turn, to timm's names
     (r"\.(self_attention\.out_proj|attention\.(output\.dense|o_proj))\.", ".attn.proj."),
     (r"\.(mlp\.(0|linear_1)|intermediate\.dense)\.", ".mlp.fc1."),
     (r"\.(mlp\.(3|linear_2)|output\.dense)\.", ".mlp.fc2."),
-    (r"\.(gamma_|layer_scale)([12])(\.lambda1)?$", r".ls\2.gamma"),
-)
+    (r"\.(gamma_|layer_scale)([12])(\.lambda1)?$", r".ls\2.gamma"))
 LEFT_OUT = r"(heads?|head_dist|decoder\w*|mask_token|masked_embed|pre_logits|pooler|classifier)\b"
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of published ViTs, by width
 NORMALISATIONS = {  # mean and standard deviation of each channel
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": ((0.5,) * 3, (0.5,) * 3),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-}
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 CONFIG_NAMES = {  # ours: those in a config of Hugging Face, timm or this project
     "width": "hidden_size num_features dim", "image size": "image_size input_size img_size",
     "heads": "num_attention_heads num_heads heads", "mean": "image_mean mean",
     "std": "image_std std", "eps": "layer_norm_eps eps", "activation": "hidden_act act_layer",
-    **{name: name for name in ("use_swiglu_ffn", "architecture", "do_normalize", "do_rescale")},
-}
+    **{name: name for name in ("use_swiglu_ffn", "architecture", "do_normalize", "do_rescale")}}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "I32": torch.int32,
           "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
 HARMLESS = [  # types beside the tensors of published files: reading them runs no code
@@ -537,8 +537,7 @@ HARMLESS = [  # types beside the tensors of published files: reading them runs n
     np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
     *((np.float64(0).__reduce__()[0], f"numpy.{m}.multiarray.scalar") for m in ("core", "_core")),
     *((PurePath, f"pathlib.{local}{kind}Path") for local in ("", "_local.")
-      for kind in ("Posix", "Windows", "PurePosix", "PureWindows")),
-]
+      for kind in ("Posix", "Windows", "PurePosix", "PureWindows"))]
 
 def read_weights(path) -> dict:
     """Read what torch.save or safetensors wrote, without running code from it. path: the file, or

@@ -41,9 +41,9 @@ from eval import (MAIN_METRICS, PLAIN, WEIGHTS, build_model, compared_encoders, 
                   evaluate, exit_with_line, extract, pick_device, read_maps, recipe_image_size,
                   retrieval, save_maps, save_picture, save_results, table, weights_file, write_text,
                   write_whole)
-from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS,
-                    MASKS, METHODS, NORMALISATIONS, LoDisc, UserError, load_encoder,
-                    momentum_schedule, read_weights, require)
+from lodisc import (ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, IMPORTANCES, LOCAL_INPUTS, MASKS,
+                    METHODS, NORMALISATIONS, LoDisc, UserError, load_encoder, momentum_schedule,
+                    read_weights, require)
 
 # Defaults; images: (total to see, minimum of epochs). Unlike MoCo v3's (lr 1.5e-4 per 256
 # images, EMA from 0.99, 40 of 300 epochs of warm-up), they are for short runs of small batches. As
@@ -78,7 +78,7 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
     if config["compile"]:
         compile_encoders(model)
     loader, batches = build_loader(config, data.train, device, rank, processes, maps)
-    generator = torch.Generator()  # of the random and block masks, seeded at each step
+    generator = torch.Generator()  # of random masks, seeded at each step
     examples = example_images(config, data.train, device)
 
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}

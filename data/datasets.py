@@ -25,7 +25,7 @@ from data.birds import BIRD, GROUND, Birds
 from lodisc import UserError, require
 
 CALTECH_TRAIN = 30  # images per class, the usual protocol
-CACHE = 512 * 2**20  # bytes of decoded images kept in memory, in all processes together
+CACHE = 512 * 2**20  # bytes of decoded images kept in memory, by all processes of a loader
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
 

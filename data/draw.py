@@ -107,8 +107,10 @@ def colours_of(names):
 
 def legend(pen, box, colours, font):
     """Draw the names in their colours, in a line above box."""
-    for i, (name, colour) in enumerate(colours.items()):
-        pen.text((box[0] + 12 + 130 * i, box[1] - 12), name, colour, font, anchor="ls")
+    x = box[0] + 12
+    for name, colour in colours.items():
+        pen.text((x, box[1] - 12), name, colour, font, anchor="ls")
+        x += pen.textlength(name, font) + 24
 
 
 def curves(pen, box, title, lines, levels, label, font):
@@ -192,13 +194,12 @@ def run_sheet(history, levels, metrics, images, film):
         line = [(row["epoch"], row[column]) for row in history if column in row]
         if line:
             retrieval[name] = line
-    top, bottom, middle = 40, HEIGHT - 60, WIDTH // 2 - 40
-    if retrieval:  # three parts
-        middle = WIDTH // 3 - 30
-        box = (middle + 80, top, 2 * middle + 10, bottom)
-        curves(pen, box, "held out", retrieval, {}, "", font)
-    curves(pen, (70, top, middle, bottom), "loss", losses, levels, "chance level", font)
-    box = ((2 * middle if retrieval else middle) + 70, top, WIDTH - 20, bottom)
+    top, bottom, end_of_loss, start_of_bars = 40, HEIGHT - 60, WIDTH // 2 - 40, WIDTH // 2 + 30
+    if retrieval:  # a part between the two
+        end_of_loss, start_of_bars = 320, 690
+        curves(pen, (400, top, 630, bottom), "held out", retrieval, {}, "", font)
+    curves(pen, (70, top, end_of_loss, bottom), "loss", losses, levels, "chance level", font)
+    box = (start_of_bars, top, WIDTH - 20, bottom)
     if metrics:
         bars(pen, box, metrics, font)
     else:

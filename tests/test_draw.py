@@ -53,7 +53,7 @@ def test_held_out_retrieval_has_its_own_part():
     for row in history[1:]:
         row |= {"rank1": 0.1 * row["epoch"], "mAP": 0.6 - 0.1 * row["epoch"]}
     pixels = np.asarray(run_sheet(history, {}, {}, [], []).convert("RGB")).astype(int)
-    start, end = WIDTH // 3 + 50, 2 * (WIDTH // 3 - 30) + 10
+    start, end = 400, 630
     panel = pixels[40:HEIGHT - 60, start + 1:end + 4]
     for colour, falls in ((BLUE, False), (ORANGE, True)):
         rows, columns = near(panel, colour).nonzero()
@@ -61,7 +61,7 @@ def test_held_out_retrieval_has_its_own_part():
         last = rows[columns > columns.max() - 5].mean()
         assert (last > first) == falls and abs(last - first) > 100
         assert columns.min() > 0.3 * (end - start)  # from the second of five epochs on
-    losses = pixels[40:HEIGHT - 60, 75:WIDTH // 3 - 30]
+    losses = pixels[40:HEIGHT - 60, 75:320]
     assert near(losses, BLUE).any() and not near(losses, ORANGE).any()
 
 

@@ -14,8 +14,9 @@ import localisation
 import train
 from data.augment import plain_crop
 from data.birds import Birds
+from controls import first_component
 from data.datasets import Data
-from lodisc import UserError, create_vit, load_encoder
+from lodisc import UserError, create_vit, load_encoder, patch_importance
 
 SMALL = ["--image-size", "16", "--patch-size", "8", "--epochs", "1", "--batch-size", "50",
          "--device", "cpu", "--workers", "0", "--out", "run"]
@@ -97,7 +98,7 @@ def test_points_and_object_follow_a_hundred_crops():
                        v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     dots, seen = Dots(), [0, 0]
     for seed in range(100):
-        places = localisation.Places(dots, [dots.points], [0], crop, seed)
+        places = localisation.Places(dots, [dots.points], [0], [crop], seed)
         view, region, points = places[0]
         assert region.dtype == torch.uint8 and region.shape == (48, 48)
         for channel, (row, column) in enumerate(points.tolist()):
@@ -119,8 +120,11 @@ def test_points_and_object_follow_a_hundred_crops():
 
 def test_find_is_the_nearest_value_and_nan_outside():
     line = torch.tensor([20.0, 18, 16, 14])
-    found = localisation.find(line, torch.tensor([14.0, 17.2, 20.9, 10.0, math.nan]))
+    found = localisation.find(line, torch.tensor([14.0, 17.2, 21.9, 13.9, 22.0, math.nan]))
     assert found[:3].tolist() == [3, 1, 0] and found[3:].isnan().all()
+    pixels = torch.arange(100, 110).repeat_interleave(5).float()  # enlarged five times
+    found = localisation.find(pixels, torch.tensor([100.0, 109.9, 99.9, 110.0]))
+    assert found[0] == 0 and found[1] == 45 and found[2:].isnan().all()
 
 
 def test_place_metrics_match_loops():
@@ -160,7 +164,7 @@ def test_chance_is_the_mean_of_random_masks(shape):
 
 def test_intervals_leave_out_nan():
     values = torch.tensor([1.0, 2.0, 3.0, math.nan])
-    mean, half = localisation.mean_and_half(values)
+    mean, half = localisation.interval(values)
     assert mean == 2 and half == pytest.approx(1.96 / 3**0.5)
 
 
@@ -177,7 +181,8 @@ def test_command_compares_all_importances_of_published_weights(monkeypatch, caps
                        "--workers", "0", "--out", "places.png"])
     printed = capsys.readouterr().out
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| 48")]
-    assert len(rows) == 18 and printed.startswith("66 training images of synthetic, 30% of the")
+    assert len(rows) == 18 and printed.startswith("66 training images of synthetic; mean ± half")
+    assert "48 px: 10 of 36 patches, or a box of 3 x 3" in printed
     for shape in localisation.MASKS:
         of_shape = {row[2]: float(row[3].split()[0]) for row in rows if row[1] == shape}
         assert max(of_shape, key=of_shape.get) == localisation.BEST
@@ -199,3 +204,55 @@ def test_part_locations_of_cub(tmp_path):
     second, first = localisation.part_points(Named(), "cub", tmp_path)
     assert second[0].tolist() == [6, 5] and second[1].isnan().all()
     assert first[0].isnan().all() and first[1].tolist() == [40, 30.5]
+
+
+@torch.no_grad()
+def test_importances_are_those_of_the_encoder_with_registers():
+    """As lodisc.py computes them, and by hand from its outputs; class token and registers are no
+    patches."""
+    torch.manual_seed(0)
+    encoder = create_vit("vit_tiny", 32, 8, registers=3).double()
+    encoder.reg_token.normal_(), encoder.cls_token.normal_()
+    images = torch.randn(4, 3, 32, 32).double()
+    ranked = localisation.importances(encoder, images)
+    assert all(importance.shape == (4, 16) for importance in ranked.values())
+    for name, ours in ((localisation.PRODUCT, "product"), ("rollout", "rollout"),
+                       ("last layer", "last")):
+        assert torch.allclose(ranked[name], patch_importance(encoder, images, ours)[1], atol=1e-6)
+    _, rows = encoder.with_attention(images, "row")
+    four = rows[-1].log() + rows[-2].log() + rows[-3].log() + rows[-4].log()
+    assert torch.allclose(ranked["product of the last four"], four, atol=1e-6)
+    token, patches = encoder.tokens(images)
+    cosine = torch.einsum("bd,bnd->bn", token, patches)
+    cosine = cosine / token.norm(dim=1, keepdim=True) / patches.norm(dim=2)
+    assert torch.allclose(ranked["cosine with the class token"], cosine)
+    assert torch.allclose(ranked["first principal component"], first_component(patches))
+    assert ranked[localisation.CENTRE][0].topk(4).indices.sort().values.tolist() == [5, 6, 9, 10]
+
+
+@torch.no_grad()
+def test_table_is_of_both_augmentations_and_of_centre_crops(monkeypatch):
+    """Take a view's mean colour as importance of one patch; compute a row by hand."""
+    values = {(mask, name): {metric: torch.tensor([0.2, 0.4, 0.9]) * scale
+                             for metric in localisation.METRICS}
+              for mask in localisation.MASKS
+              for name, scale in ((localisation.PRODUCT, 0.5), ("other", 1.0))}
+    crops = {key: {metric: 1 - value for metric, value in row.items()}
+             for key, row in values.items()}
+    rows = localisation.rows_of(98, dict(zip(localisation.VIEWS, (values, crops))))
+    row, = [row for row in rows if row.importance == "other" and row.mask == "box"]
+    assert row.cells["training view", "parts"][0] == pytest.approx(0.5)
+    assert row.cells["centre crop", "parts"][0] == pytest.approx(0.5)
+    assert row.cells["centre crop", "object"][0] == pytest.approx(0.5)
+    half = 1.96 * torch.tensor([0.1, 0.2, 0.45]).std().item() / 3**0.5
+    assert row.difference == (pytest.approx(0.25), pytest.approx(half))
+    assert localisation.markdown(rows)[-1].endswith(f"| +0.250 ± {half:.3f} |")
+
+
+def test_transforms_take_turns():
+    def name_of(name):
+        return lambda image, layers: (name, layers)
+
+    dots = Dots()
+    places = localisation.Places(dots, [dots.points], [0, 0, 0], [name_of("a"), name_of("b")], 0)
+    assert [places[i][0] for i in range(3)] == ["a", "b", "a"]

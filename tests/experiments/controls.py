@@ -17,19 +17,21 @@ from data.birds import BIRD
 from lodisc import (LoDisc, UserError, at_least_float32, box_mask, check_views, location_mask,
                     require)
 
-TIE = 1e-6  # of a patch: how much an image's width of distance counts, below a pixel's cover
+TIE = 1e-6  # what a distance of the view's width counts, less than a pixel's cover
 
 
 def patch_centres(num_patches: int) -> Tensor:
-    """Return (row, column) of each patch's centre as fractions of the side: float64 (N, 2)."""
-    side = math.isqrt(num_patches)
-    line = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    """Return (row, column) of each patch's centre, in halves of a patch: whole numbers, so that
+    equal distances are equal, float32 (N, 2)."""
+    line = 2.0 * torch.arange(math.isqrt(num_patches)) + 1
     return torch.cartesian_prod(line, line)
 
 
-def nearness(num_patches: int, point=0.5) -> Tensor:
-    """Return minus the squared distance of each patch to a point, by default the view's centre,
-    (2,) or (B, 1, 2) in fractions of the side: float64 (N,) or (B, N)."""
+def nearness(num_patches: int, point=None) -> Tensor:
+    """Return minus the squared distance of each patch to a point, (B, 1, 2), by default the view's
+    centre, in halves of a patch: float32 (B, N), by default (N,)."""
+    if point is None:
+        point = math.isqrt(num_patches)
     return -(patch_centres(num_patches) - point).square().sum(-1)
 
 
@@ -37,16 +39,17 @@ def first_component(patches: Tensor) -> Tensor:
     """Return each patch token's coordinate on the first principal component of all of the batch's:
     (B, N, D) -> (B, N). Its sign is that by which the inner third of the grid exceeds the rest."""
     with torch.autocast(patches.device.type, enabled=False):
-        centred = at_least_float32(patches)
+        centred = at_least_float32(patches).nan_to_num()  # train.py reports what is not finite
         centred = centred - centred.mean(dim=(0, 1))
         points = centred.flatten(0, 1)  # (B N, D)
         _, directions = torch.linalg.eigh(points.T @ points)  # ascending eigenvalues
         scores = centred @ directions[:, -1]  # (B, N)
     side = math.isqrt(patches.shape[1])
-    inner = (patch_centres(patches.shape[1]) - 0.5).abs().amax(dim=1) < 1 / 6 + 0.5 / side
+    inner = 3 * (patch_centres(patches.shape[1]) - side).abs().amax(dim=1) <= side
     inner = inner.to(scores.device)
-    sign = (scores[:, inner].mean() - scores[:, ~inner].mean()).sign()
-    return scores * sign
+    if scores[:, inner].mean() < scores[:, ~inner].mean():
+        scores = -scores
+    return scores
 
 
 def object_importance(maps: Tensor, patch_size: int) -> Tensor:
@@ -55,11 +58,12 @@ def object_importance(maps: Tensor, patch_size: int) -> Tensor:
     centre."""
     pixels = (maps > 0).double()  # (B, H, W)
     cover = F.avg_pool2d(pixels, patch_size).flatten(1)  # (B, N)
-    places = patch_centres(pixels[0].numel()).to(maps.device)  # of the pixels, (H W, 2)
+    places = patch_centres(pixels[0].numel()).to(pixels) / 2  # of the pixels, (H W, 2)
     size = pixels.sum((1, 2))[:, None]
-    centroid = torch.where(size > 0, pixels.flatten(1) @ places / size.clamp_min(1), 0.5)  # (B, 2)
-    centres = patch_centres(cover.shape[1]).to(maps.device)
-    distance = (centroid[:, None] - centres).norm(dim=2)  # (B, N)
+    middle = maps.shape[1] / 2
+    centroid = torch.where(size > 0, pixels.flatten(1) @ places / size.clamp_min(1), middle)
+    centres = patch_centres(cover.shape[1]).to(pixels) * patch_size / 2
+    distance = (centroid[:, None] - centres).norm(dim=2) / maps.shape[1]  # (B, N)
     return cover - TIE * distance
 
 
@@ -76,16 +80,27 @@ def block_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     return location_mask(-distance, keep_ratio).to(importance.device, non_blocking=True)
 
 
-class Block(LoDisc):
-    """The patches of a block at a random place; not for `--local-input crop`."""
+class Control(LoDisc):
+    """LoDisc with its own choice of patches, so without --mask and --importance."""
+
+    OPTIONS = tuple(name for name in LoDisc.OPTIONS if name not in ("mask", "importance"))
+
+    def pivotal_patches(self, images):
+        return None  # no attention chooses them
+
+
+class Block(Control):
+    """The patches of a block at a random place."""
+
+    OPTIONS = tuple(name for name in Control.OPTIONS if name != "local_input")
 
     def key_and_mask(self, view, generator=None):
         unused = view.new_empty(len(view), self.encoder.num_patches)
         return self.key(view), block_mask(unused, self.keep_ratio, generator)
 
 
-class Centre(LoDisc):
-    """The patches nearest to the view's centre; of several such boxes the upper left."""
+class Centre(Control):
+    """The patches nearest to the view's centre; of boxes as near the upper, then the left."""
 
     def key_and_mask(self, view, generator=None):
         importance = nearness(self.encoder.num_patches).to(view.device)
@@ -97,7 +112,7 @@ def box_side(num_patches: int, keep_ratio: float) -> int:
     return math.isqrt(int(box_mask(torch.zeros(1, num_patches), keep_ratio).sum()))
 
 
-class Anywhere(LoDisc):
+class Anywhere(Control):
     """The box at a random place of all its places in the grid, each as likely; without
     `--local-input crop` the patches nearest to its centre."""
 
@@ -105,11 +120,11 @@ class Anywhere(LoDisc):
         side = math.isqrt(self.encoder.num_patches)
         box = box_side(self.encoder.num_patches, self.keep_ratio)
         first = torch.randint(side - box + 1, (len(view), 1, 2), generator=generator)
-        importance = nearness(self.encoder.num_patches, (first + box / 2) / side).to(view.device)
+        importance = nearness(self.encoder.num_patches, 2 * first + box).to(view.device)
         return self.key(view), self.choose(importance, self.keep_ratio)
 
 
-class FirstComponent(LoDisc):
+class FirstComponent(Control):
     """The patches with the greatest `first_component`; under torchrun that of each rank's batch."""
 
     def key_and_mask(self, view, generator=None):
@@ -126,9 +141,12 @@ class OracleOutput(NamedTuple):
     masks: tuple[Tensor, Tensor]
 
 
-class Oracle(LoDisc):
+class Oracle(Control):
     """The patches that show most of the object: the best that a choice of patches could be, not a
-    method. Of data with regions, the drawn birds or CUB (its boxes)."""
+    method. Of data with regions: the drawn birds, or CUB by its boxes, or segmentations if they are
+    unpacked."""
+
+    sign = 1
 
     def annotate(self, dataset):
         """Return the object of each image, uint8 (H, W), 1 or 0."""
@@ -152,15 +170,11 @@ class Oracle(LoDisc):
         return OracleOutput(total, global_loss, local_loss, no_object, (mask1, mask2))
 
     def mask_of(self, view_map):
-        return self.choose(object_importance(view_map, self.encoder.patch_size), self.keep_ratio)
-
-    def pivotal_patches(self, images):
-        return None  # images have no map here
+        importance = object_importance(view_map.cpu(), self.encoder.patch_size)  # MPS: no float64
+        return self.choose(self.sign * importance, self.keep_ratio).to(view_map.device)
 
 
 class Antioracle(Oracle):
     """The patches that show least of the object."""
 
-    def mask_of(self, view_map):
-        importance = -object_importance(view_map, self.encoder.patch_size)
-        return self.choose(importance, self.keep_ratio)
+    sign = -1

@@ -3,10 +3,11 @@
     python tests/experiments/localisation.py RUN
     python tests/experiments/localisation.py WEIGHTS --data cub --data-root DIR --out places.png
 
-Of data with regions: the drawn birds, CUB. The first form measures centre crops of the test images
-and merges the values into the run's eval.json. With --data every importance and shape of mask is
-compared, on training views and on centre crops of training images; nothing is stored but --out, a
-picture of the table.
+Of data with regions: the drawn birds, CUB (its boxes, or segmentations if they are unpacked). The
+first form measures centre crops of the test images and merges the values into the run's eval.json.
+With --data every importance and shape of mask is compared, on training views (every other image
+the first view's augmentation, else the second's) and on centre crops of training images; nothing is
+stored but --out, a picture of the table. Both measure a run's momentum encoder.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from torchvision.transforms import v2
 
 import eval as evaluation
 from controls import box_side, first_component, nearness, object_importance
-from data.augment import AUGMENTATION, mix_seed, plain_crop, seeded, to_tensor, view_transform
+from data.augment import (AUGMENTATION, Preprocessing, mix_seed, plain_crop, seeded, to_tensor,
+                          view_transform)
 from data.birds import BIRD, PART
 from data.datasets import data_name, default_workers, load_data
 from data.draw import BLUE, GREY, ORANGE
@@ -42,6 +44,7 @@ KEEP_RATIO = 0.3
 MASKS = {"patches": location_mask, "box": box_mask}
 VIEWS = ("training view", "centre crop")
 METRICS = ("object", "parts", "border")
+COLUMNS = [(view, metric) for metric in METRICS for view in VIEWS]
 PRODUCT, CHANCE, CENTRE, BEST = ("product of all layers", "chance", "nearness to the centre",
                                  "best possible")
 
@@ -49,12 +52,13 @@ PRODUCT, CHANCE, CENTRE, BEST = ("product of all layers", "chance", "nearness to
 # --- a run --------------------------------------------------------------------------------------
 
 
-def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers=0):
+def localisation(encoder, dataset, importance="product", keep_ratio=0.3, workers=0,
+                 choose=location_mask):
     """Return how much of the object, and of the drawn birds' deciding parts, the kept patches show.
 
     Values are of `object_cover`: 1 is chance level; NAME_most is the most for as few patches,
     NAME_fixed the best of one mask for all images. dataset: with regions(index)."""
-    kept = location_masks(encoder, dataset, importance, keep_ratio, workers)  # (n, N)
+    kept = location_masks(encoder, dataset, importance, keep_ratio, workers, choose)  # (n, N)
     metrics, k = {}, int(kept[0].sum())
     for name, least in (("object", BIRD), ("parts", PART)):
         cover = patch_cover(dataset, encoder.image_size, encoder.patch_size, least)  # (n, N)
@@ -74,7 +78,8 @@ def measure(folder, workers=0):
     require(hasattr(test, "regions"), f"{config['data']} has no regions; the drawn birds and CUB "
             "have", UserError)
     encoder = encoder.to(evaluation.pick_device(config["device"]))
-    return localisation(encoder, test, config["importance"], config["keep_ratio"], workers)
+    choose = box_mask if config["local_input"] == "crop" else location_mask
+    return localisation(encoder, test, config["importance"], config["keep_ratio"], workers, choose)
 
 
 # --- every importance and mask ------------------------------------------------------------------
@@ -82,24 +87,25 @@ def measure(folder, workers=0):
 
 class Places(Dataset):
     """(view, object, points) of images: the view normalised, (3, H, W); the object in it, uint8
-    (H, W); where the parts are in it, (parts, 2): row and column in pixels, NaN outside."""
+    (H, W); where the parts are in it, (parts, 2): row and column in pixels, NaN outside. The
+    transforms take turns."""
 
-    def __init__(self, dataset, points, indices, transform, seed):
+    def __init__(self, dataset, points, indices, transforms, seed):
         self.dataset, self.points, self.indices = dataset, points, indices
-        self.transform, self.seed = transform, seed
+        self.transforms, self.seed = transforms, seed
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, place):
-        index = int(self.indices[place])
+        index, transform = int(self.indices[place]), self.transforms[place % len(self.transforms)]
         image = self.dataset[index][0]
         region = torch.from_numpy(np.array(self.dataset.regions(index)) >= BIRD).float()
         # every pixel carries its place in the image through the crop
         rows, columns = torch.meshgrid(*map(torch.arange, region.shape), indexing="ij")
         layers = tv_tensors.Mask(torch.stack([region, rows, columns]))  # (3, H, W)
         with seeded(mix_seed(AUGMENTATION, self.seed, 0, index)):
-            view, layers = self.transform(image, layers)
+            view, layers = transform(image, layers)
         region, rows, columns = layers.as_subclass(Tensor)
         points = torch.stack([find(rows[:, 0], self.points[index][:, 0]),
                               find(columns[0], self.points[index][:, 1])], dim=1)
@@ -108,11 +114,11 @@ class Places(Dataset):
 
 
 def find(line: Tensor, values: Tensor) -> Tensor:
-    """Return where values (n,) lie on a line of evenly spaced ones, ascending or descending, (L,):
-    float (n,), NaN outside."""
+    """Return where values (n,) lie on a line of evenly spaced ones, ascending or descending, (L,),
+    of which each stands for what follows up to the next, or for a pixel: float (n,), NaN outside."""
     step = (line[-1] - line[0]).abs() / (len(line) - 1)
-    distance, place = (values[:, None] - line).abs().min(dim=1)
-    inside = distance <= step.clamp_min(1.0)
+    inside = (line.min() <= values) & (values < line.max() + step.clamp_min(1))
+    place = (values[:, None] - line).abs().argmin(dim=1)
     return torch.where(inside, place.float(), torch.nan)
 
 
@@ -193,22 +199,24 @@ def compare(encoder, places, workers=0, device="cpu"):
     for images, regions, points in DataLoader(places, BATCH, num_workers=workers,
                                               generator=torch.Generator()):
         cover = F.avg_pool2d(regions.float(), encoder.patch_size).flatten(1)  # (B, N)
-        found = {name: importance.cpu()
-                 for name, importance in importances(encoder, images.to(device)).items()}
-        found[BEST] = object_importance(regions, encoder.patch_size)
+        ranked = importances(encoder, images.to(device))
+        ranked[BEST] = object_importance(regions, encoder.patch_size)
         for shape, choose in MASKS.items():
-            masks = {name: choose(importance, KEEP_RATIO) for name, importance in found.items()}
+            masks = {name: choose(importance.cpu(), KEEP_RATIO)
+                     for name, importance in ranked.items()}
             masks = {CHANCE: chance_shares(encoder.num_patches, shape).expand_as(cover), **masks}
             for name, mask in masks.items():
                 metrics = place_metrics(mask, cover, points, encoder.patch_size)
                 row = values.setdefault((shape, name), {metric: [] for metric in METRICS})
                 for metric in METRICS:
                     row[metric].append(metrics[metric])
-    return {key: {metric: torch.cat(batches) for metric, batches in row.items()}
-            for key, row in values.items()}
+    for row in values.values():
+        for metric, batches in row.items():
+            row[metric] = torch.cat(batches)
+    return values
 
 
-def mean_and_half(values):
+def interval(values):
     """Return the mean of values (n,) without NaN, and half the width of its 95 % interval."""
     values = values[~values.isnan()]
     return values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5
@@ -228,22 +236,22 @@ class Row(NamedTuple):
 def rows_of(size, by_view):
     """by_view: {view: what `compare` returns} -> Rows."""
     rows = []
-    for mask, name in by_view[VIEWS[0]]:
-        cells = {(view, metric): mean_and_half(by_view[view][mask, name][metric])
-                 for metric in METRICS for view in VIEWS}
-        views = by_view[VIEWS[0]]
-        difference = mean_and_half(views[mask, name]["object"] - views[mask, PRODUCT]["object"])
+    views = by_view[VIEWS[0]]
+    for mask, name in views:
+        cells = {(view, metric): interval(by_view[view][mask, name][metric])
+                 for view, metric in COLUMNS}
+        difference = interval(views[mask, name]["object"] - views[mask, PRODUCT]["object"])
         rows.append(Row(size, mask, name, cells, difference))
     return rows
 
 
 def markdown(rows):
     """Return the lines of the table."""
-    columns = [(view, metric) for metric in METRICS for view in VIEWS]
-    lines = ["| px | mask | importance | " + " | ".join(f"{m}, {v}" for v, m in columns)
-             + " | object − product's |", "|---" * (len(columns) + 4) + "|"]
+    heads = " | ".join(f"{metric}, {view}" for view, metric in COLUMNS)
+    lines = [f"| px | mask | importance | {heads} | object − product's |",
+             "|---" * (len(COLUMNS) + 4) + "|"]
     for row in rows:
-        cells = ["{:.3f} ± {:.3f}".format(*row.cells[column]) for column in columns]
+        cells = ["{:.3f} ± {:.3f}".format(*row.cells[column]) for column in COLUMNS]
         difference = ""
         if row.importance not in (PRODUCT, CHANCE):
             difference = "{:+.3f} ± {:.3f}".format(*row.difference)
@@ -265,13 +273,17 @@ def picture(rows):
     for view, colour, x in zip(VIEWS, (BLUE, ORANGE), (650, 800)):
         pen.text((x, 8), view, colour, large)
     bottom = head + step * len(names)
+    means = [row.cells[view, "object"][0] for row in rows for view in VIEWS]
+    least = max(0.0, min(means) - 0.1)
     for y, name in enumerate(names):
         pen.text((left - 16, head + step * y + step // 2), name, "black", font, anchor="rm")
     for i, panel in enumerate(panels):
         start, end = left + i * width, left + (i + 1) * width - 30
         pen.text((start, head - 24), "{} px, {}".format(*panel), "black", font)
-        for level in (0.4, 0.6, 0.8, 1.0):
-            x = start + (end - start) * (level - 0.3) / 0.7
+        for level in (0.2, 0.4, 0.6, 0.8, 1.0):
+            if level < least:
+                continue
+            x = start + (end - start) * (level - least) / (1 - least)
             pen.line([(x, head), (x, bottom)], (225, 225, 225))
             pen.text((x, bottom + 6), f"{level:g}", GREY, font, anchor="mt")
         for row in rows:
@@ -280,33 +292,54 @@ def picture(rows):
             y = head + step * names.index(row.importance) + step // 2
             for view, colour, shift in zip(VIEWS, (BLUE, ORANGE), (-4, 4)):
                 mean, half = row.cells[view, "object"]
-                low, x, high = (start + (end - start) * (value - 0.3) / 0.7
+                low, x, high = (start + (end - start) * (value - least) / (1 - least)
                                 for value in (mean - half, mean, mean + half))
                 pen.line([(low, y + shift), (high, y + shift)], colour, 2)
                 pen.ellipse((x - 3, y + shift - 3, x + 3, y + shift + 3), colour)
     return page
 
 
+def load_momentum_encoder(path, image_size=None):
+    """Load the momentum encoder of a run, the encoder of published weights."""
+    encoder = load_encoder(path, image_size=image_size)
+    if "num_images" in encoder.config:
+        encoder = load_encoder(path, use_momentum=True, image_size=image_size)
+    return encoder
+
+
 def compare_all(args):
     """Print the table of all importances, and draw it."""
+    if args.out:
+        evaluation.picture_format(args.out)  # before it is drawn
     data, name = load_data(args.data, args.data_root).train, args.data
     require(hasattr(data, "regions"), f"{name} has no regions; the drawn birds and CUB have",
             UserError)
     device = evaluation.pick_device("auto")
     indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:args.images]
     points, rows = part_points(data, name, args.data_root), []
-    for size in args.image_size:
-        encoder = load_encoder(args.checkpoint, image_size=size).to(device)
-        normalisation = encoder.mean, encoder.std
-        transforms = {VIEWS[0]: view_transform(size, *normalisation, args.crop_min, 1.0, 0.0),
-                      VIEWS[1]: v2.Compose(plain_crop(size)[1:] + to_tensor(*normalisation))}
+    encoder = load_momentum_encoder(args.checkpoint)
+    patch_size = encoder.patch_size
+    for size in args.image_size or [patch_size * round(size / patch_size) for size in (98, 224)]:
+        encoder = load_momentum_encoder(args.checkpoint, size).to(device)
+        preprocessing = Preprocessing(size, encoder.mean, encoder.std)
+        crop = v2.Compose(plain_crop(size)[1:] + to_tensor(encoder.mean, encoder.std))
+        transforms = {
+            VIEWS[0]: [view_transform(*preprocessing, args.crop_min, blur=1.0, solarise=0.0),
+                       view_transform(*preprocessing, args.crop_min, blur=0.1, solarise=0.2)],
+            VIEWS[1]: [crop]}
         by_view = {}
-        for view, transform in transforms.items():
-            places = Places(data, points, indices, transform, seed=0)
+        for view in VIEWS:
+            places = Places(data, points, indices, transforms[view], seed=0)
             by_view[view] = compare(encoder, places, args.workers, device)
         rows += rows_of(size, by_view)
-    print(f"{len(indices)} training images of {name}, {KEEP_RATIO:.0%} of the patches; mean ± half "
-          f"of the 95 % interval over images; {encoder.source}\n")
+    print(f"{len(indices)} training images of {name}; mean ± half of the 95 % interval over images; "
+          f"{encoder.source}")
+    for size in dict.fromkeys(row.size for row in rows):
+        count = (size // patch_size) ** 2
+        box = box_side(count, KEEP_RATIO)
+        print(f"{size} px: {kept_count(count, KEEP_RATIO)} of {count} patches, or a box of {box} x "
+              f"{box}")
+    print()
     print("\n".join(markdown(rows)))
     if args.out:
         evaluation.save_picture(picture(rows), args.out)
@@ -319,7 +352,8 @@ def main(argv=None):
     add("--workers", type=int, default=default_workers())
     add("--data", type=data_name, help="compare every importance and mask on these images")
     add("--data-root", default="datasets", help="folder of the named data sets")
-    add("--image-size", type=int, nargs="+", default=[98, 224], help="pixels per side")
+    add("--image-size", type=int, nargs="+",
+        help="pixels per side, default: about 98, and 224")
     add("--images", type=int, default=2000, help="drawn from the training images with seed 0")
     add("--crop-min", type=float, default=0.08, help="smallest fraction of an image in a view")
     add("--out", type=Path, help="picture of the table")

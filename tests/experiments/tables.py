@@ -333,8 +333,10 @@ def store(data, name, identity, folder, init=None):
     test = train.load_data(config["data"], config["data_root"], held_out=config["held_out"]).test
     settings = {key: value for key, value in config.items()
                 if key not in (*train.MOVABLE, "method")}
-    curve = {column: [float(epoch[column]) for epoch in epochs]  # held out
-             for column in ("rank1", "mAP") if column in epochs[0]}
+    curve = {}  # of a run with --held-out; the first epochs of an older one lack it
+    for column in ("rank1", "mAP"):
+        if column in epochs[0]:
+            curve[column] = [float(epoch[column]) for epoch in epochs if epoch[column]]
     record = {"name": name, **identity._asdict(), "source": Path(init).name if init else "",
               "where": f"{torch.get_num_threads()} threads, torch {torch.__version__}",
               "config": settings, "losses": losses, "curve": curve,
@@ -516,10 +518,11 @@ def draw_chart(more_options):
                                     rows["mocov3"].values()]}
         for row, name in (("mocov3", "MoCo v3"), ("lodisc", "LoDisc"), ("crop", "LoDisc, crop")):
             runs[name] = [record["metrics"] for record in rows[row].values()]
-        for metric, (part, key) in (("rank-1", COLUMNS["rank-1"]), ("mAP", COLUMNS["mAP"])):
-            results[metric][title] = {
-                name: mean_and_half([metrics[part][key] for metrics in of_name])
-                for name, of_name in runs.items()}
+        for metric in results:
+            part, key = COLUMNS[metric]
+            bars = results[metric][title] = {}
+            for name, runs_of_name in runs.items():
+                bars[name] = mean_and_half([run[part][key] for run in runs_of_name])
     evaluation.save_picture(chart(results).quantize(64), HERE / "pictures" / "results.png")
 
 
@@ -635,12 +638,12 @@ def print_part(title, rows, part, columns):
 
 def print_bootstrap(records, identity):
     """Print the bootstrap intervals of each row − the first, over the seeds that both have."""
-    classes = evaluation.read_results(STORE / "classes.json")[identity.images]
-    base, *rivals = records
+    base, *rivals = records or [None]
     for row in rivals:
         seeds = [seed for seed in records[row] if seed in records[base]]
         if not seeds:
             continue
+        classes = evaluation.read_results(STORE / "classes.json")[identity.images]
         for name, key in (("rank-1", "rank1"), ("mAP", "average_precision")):
             differences = [unpack(records[row][seed]["queries"], key)
                            - unpack(records[base][seed]["queries"], key) for seed in seeds]
