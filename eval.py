@@ -497,7 +497,7 @@ def build_model(config, fresh=True):
         encoder = VisionTransformer(**{name: sizes[name] for name in names},
                                     learned_positions=has_init, train_projection=has_init)
     encoder.mean, encoder.std = config["mean"], config["std"]  # --normalise's, if given
-    require(config["mask"] != "block", "the run has --mask block, which has moved to "
+    require(config.get("mask") != "block", "the run has --mask block, which has moved to "
             "tests/experiments/controls.py:Block: give that to a new run's --method", UserError)
     method = load_method(config["method"])
     options = {name: config[name] for name in method.OPTIONS}

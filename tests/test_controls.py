@@ -14,6 +14,7 @@ import controls
 import eval as evaluation
 import train
 from controls import block_mask, first_component, object_importance
+from data.augment import decode_map
 from lodisc import LoDisc, UserError, box_mask, create_vit, location_mask, random_mask
 
 CONTROLS = Path(controls.__file__)
@@ -109,6 +110,8 @@ def test_centre_is_around_the_middle(local_input, kept):
     key, mask = model.key_and_mask(views()[0])
     assert key.shape == (4, 16) and (mask.sum(1) == kept).all()
     rows, columns = mask[0].view(7, 7).nonzero().T
+    if local_input == "crop":  # of the four middle boxes
+        assert rows.min() == columns.min() == 1
     for line in (rows, columns):
         assert abs(line.double().mean() - 3) <= 0.5
         assert line.min() >= 1 and line.max() <= 5
@@ -117,16 +120,16 @@ def test_centre_is_around_the_middle(local_input, kept):
 # --- the first principal component ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", [6, 7])
+@pytest.mark.parametrize("side", [5, 6, 7, 8, 14, 15, 16])
 def test_first_component_is_that_of_a_decomposition(side):
     torch.manual_seed(side)
     patches = torch.randn(5, side * side, 12, dtype=torch.float64)
     patches[:, :, 3] *= 4
-    middle = (side - 1) / 2
-    inner = [abs(row - middle) <= side / 6 and abs(column - middle) <= side / 6
-             for row in range(side) for column in range(side)]
-    inner = torch.tensor(inner)
-    assert inner.sum() == {6: 4, 7: 9}[side]
+    width = {5: 1, 6: 2, 7: 3, 8: 2, 14: 4, 15: 5, 16: 6}[side]  # patches of the inner third
+    first = (side - width) // 2
+    inner = torch.zeros(side, side, dtype=torch.bool)
+    inner[first:first + width, first:first + width] = True
+    inner = inner.flatten()
     for sign in (1, -1):
         patches[:, inner, 3] = sign * 9 + torch.randn(5, int(inner.sum()), dtype=torch.float64)
         points = patches.flatten(0, 1).numpy()
@@ -220,8 +223,28 @@ def test_oracle_trains_on_data_with_regions(few_birds, options):
     assert "no_object" in row[0]
     maps = evaluation.read_maps(Path("run"), train.load_data("synthetic").train)
     assert len(maps) == 200
+    birds = train.load_data("synthetic").train
+    for index in (0, 7):
+        expected = np.asarray(birds.regions(index)) >= 1  # BIRD and PART
+        assert np.array_equal(np.asarray(decode_map(maps[index])), expected)
     evaluation.main(["masks", "run", "--device", "cpu", "--workers", "0"])
     assert Path("run/masks.png").exists()
+
+
+@pytest.mark.parametrize("name, option", [
+    ("Oracle", ["--mask", "random"]), ("Centre", ["--importance", "last"]),
+    ("Block", ["--local-input", "crop"]), ("FirstComponent", ["--mask", "least"])])
+def test_option_that_a_control_would_ignore_is_an_error(flowers, elsewhere, name, option):
+    with pytest.raises(UserError, match=f"{option[0]} is no option of --method .*:{name}"):
+        train.main(["--data", str(flowers), *SMALL, "--arch", "vit_nano", "--batch-size", "12",
+                    "--method", f"{CONTROLS}:{name}", *option])
+    assert not Path("run").exists()
+
+
+def test_first_component_of_diverged_tokens_is_finite():
+    patches = torch.randn(2, 9, 5)
+    patches[0, 3] = math.nan
+    assert first_component(patches).isfinite().all()
 
 
 def test_oracle_of_data_without_regions_is_one_line(flowers, elsewhere):

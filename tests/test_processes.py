@@ -158,6 +158,21 @@ def test_torchrun_writes_once_and_matches_evaluation_of_one_process(flowers, cap
     check_losses("whole", train.load_data(str(flowers)).train)
 
 
+@pytest.mark.slow
+def test_torchrun_measures_held_out_retrieval_once(flowers):
+    """At learning rate 0, so that each epoch's is that of the final evaluation."""
+    done = subprocess.run([*TORCHRUN, "--data", flowers, *SMALL, "--workers", "0", "--held-out",
+                           "--lr", "0", "--epochs", "2", "--out", "whole"],
+                          text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held out: rank-1") == 2
+    results = json.loads(Path("whole/eval.json").read_text(encoding="utf-8"))["retrieval"]
+    with open("whole/metrics.csv", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            assert float(row["rank1"]) == pytest.approx(results["rank1"], abs=1e-6)
+            assert float(row["mAP"]) == pytest.approx(results["mAP"], abs=1e-6)
+
+
 def sum_of_contrasts(model, halves, keys, rank):
     """Contrast a rank's queries of each view with both ranks' keys of the other view."""
     loss = 0.0

@@ -284,6 +284,19 @@ def test_nan_never_reaches_a_checkpoint(flowers, monkeypatch, what):
 # --- checkpoints of the version whose methods were lodisc, global and local -------------------
 
 
+def test_older_run_with_mask_block_is_evaluated_and_not_resumed(flowers, quick_probe, capsys):
+    """Its function has moved: the encoder can still be read."""
+    train.main(["--data", str(flowers), *SMALL, "--epochs", "1", "--workers", "0", "--out", "run"])
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    checkpoint["config"]["mask"] = "block"
+    torch.save(checkpoint, "run/checkpoint.pt")
+    evaluation.main(["all", "run", "--workers", "0"])
+    for command in (lambda: train.main(["--resume", "run"]),
+                    lambda: evaluation.main(["masks", "run", "--workers", "0"])):
+        with pytest.raises(UserError, match="--mask block, which has moved to tests/experiments/"):
+            command()
+
+
 LOSSES = ("total", "global_loss", "local_loss")
 
 

@@ -14,6 +14,7 @@ import kept
 import parts
 import tables
 import train
+from chart import COLOURS
 from data import draw
 from data.augment import Preprocessing
 from data.birds import Birds
@@ -399,6 +400,23 @@ def test_chart_is_of_the_benchmark_on_all_data_sets(monkeypatch):
         assert mean == pytest.approx((0.1 * place + 0.12) / 2)
         assert half == pytest.approx(0.127, 0.01)
     assert Image.open("drawn/pictures/results.png").width == 1200
+
+
+def test_bars_of_the_chart_have_their_height_and_interval():
+    """Of one metric and one data set: the limit of the axis is 1.15 times the highest end."""
+    bars = {"initial": (0.2, 0.0), "MoCo v3": (0.4, 0.1), "LoDisc": (0.3, 0.05)}
+    pixels = np.asarray(real({"mAP": {"birds": bars}})).astype(int)
+    bottom, per_unit = 56 + 340 - 46, (340 - 46 - 30) / (1.15 * 0.5)
+    for colour, (mean, half) in zip(COLOURS, bars.values()):
+        wide = (np.abs(pixels[60:bottom] - colour).max(-1) < 12).sum(1) > 100  # rows of the bar
+        assert bottom - 60 - wide.nonzero()[0].min() == pytest.approx(per_unit * mean, abs=2)
+        ends = []  # rows of black ink as wide as an interval's ends and not a number's
+        for row in range(60, bottom):
+            black = (pixels[row].max(-1) < 60) & (np.arange(1200) > 90)
+            if 10 < black.sum() < 40:
+                ends.append(bottom - row)
+        for end in (mean - half, mean + half) if half else ():
+            assert min(abs(per_unit * end - row) for row in ends) < 3
 
 
 real = tables.chart

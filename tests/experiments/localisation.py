@@ -114,8 +114,8 @@ class Places(Dataset):
 
 
 def find(line: Tensor, values: Tensor) -> Tensor:
-    """Return where values (n,) lie on a line of evenly spaced ones, ascending or descending, (L,),
-    of which each stands for what follows up to the next, or for a pixel: float (n,), NaN outside."""
+    """Return where values (n,) lie on a line (L,) of evenly spaced ones, ascending or descending,
+    each of which stands for all up to the next, or for a pixel: float (n,), NaN outside."""
     step = (line[-1] - line[0]).abs() / (len(line) - 1)
     inside = (line.min() <= values) & (values < line.max() + step.clamp_min(1))
     place = (values[:, None] - line).abs().argmin(dim=1)
