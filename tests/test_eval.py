@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import eval as evaluation
+import localisation
 import train
 from data.augment import Preprocessing
 from data.birds import BIRD, PART, Birds
 from data.datasets import Data, load_data
-from lodisc import (UserError, VisionTransformer, create_vit, load_encoder, location_mask,
-                    patch_importance)
+from lodisc import (UserError, VisionTransformer, box_mask, create_vit, load_encoder,
+                    location_mask, patch_importance)
 
 
 GREY_16 = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -391,6 +392,23 @@ def test_masks_of_data_with_regions_are_measured_and_stored(run_of_birds, capsys
     stored = json.loads((run_of_birds / "eval.json").read_text(encoding="utf-8"))
     assert stored.pop("masks") == pytest.approx(place) and stored == {"knn": {"top1": 0.5}}
     assert (run_of_birds / "masks.png").is_file()
+
+
+def test_box_of_a_crop_run_is_measured(few_birds, elsewhere, quick_probe, monkeypatch, capsys):
+    monkeypatch.setattr(localisation, "load_data", train.load_data)
+    train.main(["--image-size", "40", "--patch-size", "8", "--epochs", "1", "--batch-size", "50",
+                "--local-input", "crop", "--device", "cpu", "--workers", "0", "--out", "run"])
+    capsys.readouterr()
+    evaluation.main(["masks", "run", "--device", "cpu", "--workers", "0"])
+    encoder, test = load_encoder("run", use_momentum=True), Birds("test", 60)
+    boxes = evaluation.location_masks(encoder, test, choose=box_mask)
+    cover = evaluation.patch_cover(test, 40, 8)
+    assert boxes.sum() == 60 * 9
+    expected = evaluation.object_cover(boxes, cover)
+    assert expected != pytest.approx(
+        evaluation.object_cover(evaluation.location_masks(encoder, test), cover), abs=0.01)
+    assert f"object cover {expected:.2f} (" in capsys.readouterr().out
+    assert localisation.measure("run")["object"] == pytest.approx(expected)
 
 
 def test_masks_of_given_images_or_without_regions_are_only_drawn(run_of_birds, flowers, capsys,
