@@ -146,6 +146,16 @@ def test_first_component_is_that_of_a_decomposition(side):
         assert torch.equal(first_component(patches.half()), half)  # never in half precision
 
 
+def test_sign_of_the_first_component_is_by_the_inner_third():
+    """A ring between the inner third and the inner half is far on the other side."""
+    torch.manual_seed(0)
+    patches = torch.randn(3, 16, 16, 4)
+    patches[:, 4:12, 4:12, 2] = -30
+    patches[:, 5:11, 5:11, 2] = 9
+    scores = first_component(patches.flatten(1, 2)).view(3, 16, 16)
+    assert scores[:, 5:11, 5:11].mean() > scores[:, 4, 4:12].mean()
+
+
 @torch.no_grad()
 def test_first_component_chooses_from_the_momentum_encoders_tokens():
     model, (view, _) = tiny("FirstComponent", local_input="crop"), views()

@@ -33,9 +33,13 @@ from eval import exit_with_line
 from lodisc import (IMPORTANCES, METHODS, LoDisc, UserError, attention_product, kept_indices,
                     location_mask)
 
-BASELINES = {"PARTICLE": f"{TESTS}/baselines/particle.py:PARTICLE",
-             "CVSA (after the abstract)": f"{TESTS}/baselines/cvsa.py:CVSA",
-             "Released": f"{TESTS}/baselines/released.py:Released"}
+ROWS = {  # their settings
+    **{name: {"method": name} for name in METHODS},
+    "lodisc, crop": {"method": "lodisc", "local_input": "crop", "mask": "location"},
+    "PARTICLE": {"method": f"{TESTS}/baselines/particle.py:PARTICLE"},
+    "CVSA (after the abstract)": {"method": f"{TESTS}/baselines/cvsa.py:CVSA"},
+    "Released": {"method": f"{TESTS}/baselines/released.py:Released"},
+}
 PARTS = {"query": "online forward", "key_and_mask": "momentum, mask", "local_key": "local",
          "contrast": "loss"}  # method of LoDisc: name in the report
 
@@ -235,8 +239,8 @@ def main(argv=None):
           f"{torch.__version__}, on {device} ({processor}), {args.rounds} rounds")
 
     methods = {}
-    for name, method in ({name: name for name in METHODS} | BASELINES).items():
-        trainer = methods[name] = Trainer({**settings, "method": method}, device, precision)
+    for name, of_row in ROWS.items():
+        trainer = methods[name] = Trainer({**settings, **of_row}, device, precision)
         for _ in range(2):  # warm up
             trainer.step()
         if name == "lodisc":  # before the other models
