@@ -380,6 +380,31 @@ def test_length_table_has_the_curves(flowers, monkeypatch, capsys):
             assert f"| {row} | 0 | {' '.join(f'{value:.3f}' for value in curve)} |" in part
 
 
+def test_initial_weights_are_evaluated_once(flowers, monkeypatch, capsys):
+    """For all runs with the same initial weights, images and image size."""
+    export_encoder("nano.pth", depth=4)
+    monkeypatch.setattr(tables.evaluation, "STRENGTHS", (1.0,))
+    monkeypatch.setitem(tables.TABLES, "masks", {"mocov3": ["--method", "mocov3"], "lodisc": []})
+    rows, real_evaluate = [], train.evaluate
+
+    def evaluate(encoders, *args, **options):
+        rows.append(list(encoders))
+        return real_evaluate(encoders, *args, **options)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    whole, alone = ["raw pixels", "initial", "trained"], ["trained"]
+    for size, expected in (("16", [whole, alone]), ("24", [whole, alone])):
+        rows.clear()
+        tables.main(["masks", str(flowers), "--init", "nano.pth", "--seeds", "0", "--image-size",
+                     size, "--batch-size", "12", "--epochs", "1", "--workers", "0"])
+        assert rows == expected
+        first, second = list(tables.stored(str(flowers)).values())[-2:]
+        for name in ("pixels", "initial"):
+            assert first["metrics"][name] == second["metrics"][name]
+        assert first["metrics"]["retrieval"] and second["metrics"]["retrieval"]
+    assert len(tables.stored(str(flowers))) == 4
+
+
 def test_chart_is_of_the_benchmark_on_all_data_sets(monkeypatch):
     seen = {}
     monkeypatch.setattr(tables, "HERE", Path("drawn"))

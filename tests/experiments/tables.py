@@ -26,6 +26,7 @@ import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -238,7 +239,13 @@ def run(data, options, seed, root=None, init=None, more=False):
     else:
         check_settings(folder, settings)
     if not (folder / "eval.json").exists():
-        train.main([*all_options, "--resume" if folder.exists() else "--out", str(folder)])
+        before = stored_before(data, identity, settings["image_size"])
+        words = [*all_options, "--resume" if folder.exists() else "--out", str(folder)]
+        compared = trained_alone if before else train.compared_encoders
+        with patch.object(train, "compared_encoders", compared):
+            train.main(words)
+        results = before | metrics_of(folder)
+        evaluation.write_text(folder / "eval.json", json.dumps(results, indent=2) + "\n")
     if data == "synthetic" and "--held-out" not in options:
         if "localisation" not in metrics_of(folder):
             localisation.main([str(folder)])
@@ -247,6 +254,22 @@ def run(data, options, seed, root=None, init=None, more=False):
     if more and "kept" not in metrics_of(folder):
         evaluate_more(folder)
     return folder, identity
+
+
+def stored_before(data, identity, image_size):
+    """Return the metrics of raw pixels and of the initial weights, as a stored run with the same has
+    them; {} without one, or from scratch, where the initial weights depend on the seed."""
+    if identity.weights == SCRATCH:
+        return {}
+    for (_, other), record in stored(data).items():
+        if other == identity and record["config"]["image_size"] == image_size:
+            return {name: record["metrics"][name] for name in ("pixels", "initial")}
+    return {}
+
+
+def trained_alone(config, encoder):
+    """In place of eval.compared_encoders, where the other rows are known."""
+    return {"trained": encoder}
 
 
 def check_settings(folder, settings):
