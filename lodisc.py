@@ -133,7 +133,8 @@ class VisionTransformer(nn.Module):
                  learned_positions=False, train_projection=False):
         super().__init__()
         require(min(image_size, patch_size) > 0 and image_size % patch_size == 0, "the image size "
-                f"must be a multiple of the patch size, got {image_size} px and {patch_size} px")
+                f"must be a multiple of the patch size, got {image_size} px and patches of "
+                f"{patch_size} px")
         require(heads > 0 and dim % heads == 0, f"width {dim} does not divide into {heads} heads")
         require(dim % 4 == 0, f"sine-cosine positions need a width divisible by 4, got {dim}")
         self.sizes = dict(dim=dim, depth=depth, heads=heads, registers=registers, eps=eps)
@@ -463,10 +464,9 @@ class LoDisc(MoCoV3):
         require(0 < keep_ratio <= 1, f"keep_ratio must be in (0, 1], got {keep_ratio}")
         self.mask, self.importance, self.local_input = mask, importance, local_input
         self.keep_ratio, self.num_kept = keep_ratio, kept_count(encoder.num_patches, keep_ratio)
-        self.choose = MASKS[mask].function
         if local_input == "crop":
             require(mask == "location", f"local_input 'crop' chooses a box, not mask {mask!r}")
-            self.choose = self.pivotal_mask = box_mask
+            self.pivotal_mask = box_mask
             self.num_kept = int(box_mask(torch.zeros(1, encoder.num_patches), keep_ratio).sum())
         self.global_weight, self.local_weight = global_weight, local_weight
 
@@ -487,7 +487,8 @@ class LoDisc(MoCoV3):
     def key_and_mask(self, view, generator=None):
         """Global momentum branch -> z_k (B, C), and of the same pass the mask, bool (B, N)."""
         features, importance = patch_importance(self.momentum_encoder, view, self.importance)
-        mask = self.choose(importance, self.keep_ratio, generator)
+        choose = box_mask if self.local_input == "crop" else MASKS[self.mask].function
+        mask = choose(importance, self.keep_ratio, generator)
         return self.momentum_projector(features), mask
 
     def local_key(self, view, mask):

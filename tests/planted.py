@@ -383,7 +383,7 @@ DEFECTS = [Defect(*row) for row in [
      "row and column of the box exchanged"),
     ("lodisc.py", 'return F.interpolate(boxes, images.shape[2:], mode="bilinear")',
      "return F.interpolate(boxes, images.shape[2:])", "the box enlarged by the nearest pixel"),
-    ("lodisc.py", "self.choose = self.pivotal_mask = box_mask", "self.choose = box_mask",
+    ("lodisc.py", "self.pivotal_mask = box_mask", "pass",
      "pictures of crop show no box"),
     ("lodisc.py", "require(mask == \"location\", f\"local_input 'crop'", "require(True, f\"local",
      "crop with another mask accepted"),

@@ -104,7 +104,7 @@ class Centre(Control):
 
     def key_and_mask(self, view, generator=None):
         importance = nearness(self.encoder.num_patches).to(view.device)
-        return self.key(view), self.choose(importance.expand(len(view), -1), self.keep_ratio)
+        return self.key(view), self.pivotal_mask(importance.expand(len(view), -1), self.keep_ratio)
 
 
 def box_side(num_patches: int, keep_ratio: float) -> int:
@@ -121,7 +121,7 @@ class Anywhere(Control):
         box = box_side(self.encoder.num_patches, self.keep_ratio)
         first = torch.randint(side - box + 1, (len(view), 1, 2), generator=generator)
         importance = nearness(self.encoder.num_patches, 2 * first + box).to(view.device)
-        return self.key(view), self.choose(importance, self.keep_ratio)
+        return self.key(view), self.pivotal_mask(importance, self.keep_ratio)
 
 
 class FirstComponent(Control):
@@ -129,7 +129,7 @@ class FirstComponent(Control):
 
     def key_and_mask(self, view, generator=None):
         features, patches = self.momentum_encoder.tokens(view)
-        mask = self.choose(first_component(patches), self.keep_ratio)
+        mask = self.pivotal_mask(first_component(patches), self.keep_ratio)
         return self.momentum_projector(features), mask
 
 
@@ -171,7 +171,7 @@ class Oracle(Control):
 
     def mask_of(self, view_map):
         importance = object_importance(view_map.cpu(), self.encoder.patch_size)  # MPS: no float64
-        return self.choose(self.sign * importance, self.keep_ratio).to(view_map.device)
+        return self.pivotal_mask(self.sign * importance, self.keep_ratio).to(view_map.device)
 
 
 class Antioracle(Oracle):
