@@ -15,7 +15,8 @@ import eval as evaluation
 import train
 from controls import block_mask, first_component, object_importance
 from data.augment import decode_map
-from lodisc import LoDisc, UserError, box_mask, create_vit, location_mask, random_mask
+from lodisc import (LoDisc, UserError, box_mask, create_vit, enlarge_box, location_mask,
+                    mask_pixels, random_mask)
 
 CONTROLS = Path(controls.__file__)
 SMALL = ["--image-size", "24", "--patch-size", "8", "--epochs", "1", "--batch-size", "50",
@@ -216,6 +217,11 @@ def test_oracle_sees_most_or_least_of_the_object(name, sign, local_input, choose
         assert getattr(output, field).item() == pytest.approx(getattr(plain, field).item(),
                                                               rel=1e-5)
     assert model.pivotal_patches(view1) is None
+    seen, = model.drawn_views(view1, maps[0]).values()
+    expected = mask_pixels(view1, output.masks[0], 8)
+    if local_input == "crop":
+        expected = enlarge_box(view1, output.masks[0], 8, 4)
+    assert torch.equal(seen, expected)
 
 
 def tiny_with_masks(model, masks):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.birds import BIRD
-from lodisc import (LoDisc, UserError, at_least_float32, box_mask, check_views, location_mask,
-                    require)
+from lodisc import (LoDisc, UserError, at_least_float32, box_mask, check_views, enlarge_box,
+                    location_mask, mask_pixels, require)
 
 TIE = 1e-6  # what a distance of the view's width counts, less than a pixel's cover
 
@@ -172,6 +172,15 @@ class Oracle(Control):
     def mask_of(self, view_map):
         importance = object_importance(view_map.cpu(), self.encoder.patch_size)  # MPS: no float64
         return self.pivotal_mask(self.sign * importance, self.keep_ratio).to(view_map.device)
+
+    def drawn_views(self, images, maps):
+        """Return what eval.py masks draws below the maps: {name: images (n, 3, H, W)}."""
+        mask, size = self.mask_of(maps), self.encoder.patch_size
+        if self.local_input == "crop":
+            seen = enlarge_box(images, mask, size, math.isqrt(self.num_kept))
+        else:
+            seen = mask_pixels(images, mask, size)
+        return {"seen by the\nlocal branch": seen}
 
 
 class Antioracle(Oracle):
