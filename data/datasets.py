@@ -494,7 +494,7 @@ class CUB(Images):
 
         names, labels, in_train, boxes = map(read, ("images", "image_class_labels",
                                                     "train_test_split", "bounding_boxes"))
-        ids = [i for i in names if (in_train[i] == "1") == (split == "train")]
+        self.ids = ids = [i for i in names if (in_train[i] == "1") == (split == "train")]
         super().__init__([folder / "images" / names[i] for i in ids],
                          [int(labels[i]) - 1 for i in ids], list(read("classes").values()))
         self.boxes = [[float(number) for number in boxes[i].split()] for i in ids]

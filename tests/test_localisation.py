@@ -191,15 +191,14 @@ def test_command_compares_all_importances_of_published_weights(monkeypatch, caps
 
 
 def test_part_locations_of_cub(tmp_path):
-    """Read images.txt and parts/part_locs.txt: x before y, an invisible part is NaN."""
+    """Read parts/part_locs.txt: x before y, an invisible part is NaN."""
     folder = tmp_path / "CUB_200_2011"
     (folder / "parts").mkdir(parents=True)
-    (folder / "images.txt").write_text("1 a/one.jpg\n2 a/two.jpg\n", encoding="utf-8")
     lines = ["2 1 5.0 6.0 1", "1 1 0.0 0.0 0", "1 2 30.5 40.0 1", "2 2 0.0 0.0 0"]
     (folder / "parts" / "part_locs.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     class Named:
-        paths = [folder / "images" / "a" / "two.jpg", folder / "images" / "a" / "one.jpg"]
+        ids = ["2", "1"]
 
     second, first = localisation.part_points(Named(), "cub", tmp_path)
     assert second[0].tolist() == [6, 5] and second[1].isnan().all()
@@ -212,7 +211,8 @@ def test_importances_are_those_of_the_encoder_with_registers():
     patches."""
     torch.manual_seed(0)
     encoder = create_vit("vit_tiny", 32, 8, registers=3).double()
-    encoder.reg_token.normal_(), encoder.cls_token.normal_()
+    encoder.reg_token.normal_()
+    encoder.cls_token.normal_()
     images = torch.randn(4, 3, 32, 32).double()
     ranked = localisation.importances(encoder, images)
     assert all(importance.shape == (4, 16) for importance in ranked.values())

@@ -30,8 +30,8 @@ from torchvision.transforms import v2
 
 import eval as evaluation
 from controls import box_side, first_component, nearness, object_importance
-from data.augment import (AUGMENTATION, Preprocessing, mix_seed, plain_crop, seeded, to_tensor,
-                          view_transform)
+from data.augment import (AUGMENTATION, Preprocessing, TwoViews, mix_seed, plain_crop, seeded,
+                          to_tensor)
 from data.birds import BIRD, PART
 from data.datasets import data_name, default_workers, load_data
 from data.draw import BLUE, GREY, ORANGE
@@ -127,18 +127,13 @@ def part_points(dataset, name, root):
     that is not visible. Of CUB the annotated locations, of the drawn birds the parts' centroids."""
     if name != "cub":
         return [centroids(dataset, i) for i in range(len(dataset))]
-    folder = Path(root) / "CUB_200_2011"
-    ids = {}
-    for line in (folder / "images.txt").read_text(encoding="utf-8").split("\n"):
-        if line:
-            image_id, path = line.split()
-            ids[folder / "images" / path] = int(image_id)
-    located = np.loadtxt(folder / "parts" / "part_locs.txt")  # image, part, x, y, visible
+    path = Path(root) / "CUB_200_2011" / "parts" / "part_locs.txt"
+    located = np.loadtxt(path)  # image, part, x, y, visible
     located[located[:, 4] == 0, 2:4] = np.nan
     count = int(located[:, 1].max())
     order = np.lexsort((located[:, 1], located[:, 0]))
     points = torch.from_numpy(located[order][:, [3, 2]]).float().view(-1, count, 2)
-    return [points[ids[Path(path)] - 1] for path in dataset.paths]
+    return [points[int(image_id) - 1] for image_id in dataset.ids]
 
 
 def centroids(dataset, index):
@@ -185,8 +180,8 @@ def place_metrics(mask, cover, points, patch_size):
     border[1:-1, 1:-1] = 0
     weights = mask.float() / mask.sum(1, keepdim=True)  # (B, N)
     visible = ~points.isnan().any(2)  # (B, parts)
-    patch = (points.nan_to_num() // patch_size).long()  # (B, parts, 2)
-    patch = patch[:, :, 0] * side + patch[:, :, 1]
+    row, column = (points.nan_to_num() // patch_size).long().unbind(2)  # (B, parts) each
+    patch = side * row + column
     inside = mask.float().gather(1, patch) * visible
     return {"object": (weights * cover).sum(1), "border": weights @ border.flatten(),
             "parts": inside.sum(1) / visible.sum(1)}  # 0 / 0: NaN
@@ -279,32 +274,26 @@ def picture(rows):
         pen.text((left - 16, head + step * y + step // 2), name, "black", font, anchor="rm")
     for i, panel in enumerate(panels):
         start, end = left + i * width, left + (i + 1) * width - 30
+
+        def at(value):
+            return start + (end - start) * (value - least) / (1 - least)
+
         pen.text((start, head - 24), "{} px, {}".format(*panel), "black", font)
         for level in (0.2, 0.4, 0.6, 0.8, 1.0):
             if level < least:
                 continue
-            x = start + (end - start) * (level - least) / (1 - least)
-            pen.line([(x, head), (x, bottom)], (225, 225, 225))
-            pen.text((x, bottom + 6), f"{level:g}", GREY, font, anchor="mt")
+            pen.line([(at(level), head), (at(level), bottom)], (225, 225, 225))
+            pen.text((at(level), bottom + 6), f"{level:g}", GREY, font, anchor="mt")
         for row in rows:
             if (row.size, row.mask) != panel:
                 continue
             y = head + step * names.index(row.importance) + step // 2
             for view, colour, shift in zip(VIEWS, (BLUE, ORANGE), (-4, 4)):
                 mean, half = row.cells[view, "object"]
-                low, x, high = (start + (end - start) * (value - least) / (1 - least)
-                                for value in (mean - half, mean, mean + half))
+                low, x, high = at(mean - half), at(mean), at(mean + half)
                 pen.line([(low, y + shift), (high, y + shift)], colour, 2)
                 pen.ellipse((x - 3, y + shift - 3, x + 3, y + shift + 3), colour)
     return page
-
-
-def load_momentum_encoder(path, image_size=None):
-    """Load the momentum encoder of a run, the encoder of published weights."""
-    encoder = load_encoder(path, image_size=image_size)
-    if "num_images" in encoder.config:
-        encoder = load_encoder(path, use_momentum=True, image_size=image_size)
-    return encoder
 
 
 def compare_all(args):
@@ -317,16 +306,14 @@ def compare_all(args):
     device = evaluation.pick_device("auto")
     indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:args.images]
     points, rows = part_points(data, name, args.data_root), []
-    encoder = load_momentum_encoder(args.checkpoint)
-    patch_size = encoder.patch_size
+    encoder = load_encoder(args.checkpoint)
+    is_run, patch_size = "num_images" in encoder.config, encoder.patch_size
     for size in args.image_size or [patch_size * round(size / patch_size) for size in (98, 224)]:
-        encoder = load_momentum_encoder(args.checkpoint, size).to(device)
+        encoder = load_encoder(args.checkpoint, is_run, size).to(device)  # a run's momentum encoder
         preprocessing = Preprocessing(size, encoder.mean, encoder.std)
+        views = TwoViews(data, preprocessing, 0, args.crop_min)
         crop = v2.Compose(plain_crop(size)[1:] + to_tensor(encoder.mean, encoder.std))
-        transforms = {
-            VIEWS[0]: [view_transform(*preprocessing, args.crop_min, blur=1.0, solarise=0.0),
-                       view_transform(*preprocessing, args.crop_min, blur=0.1, solarise=0.2)],
-            VIEWS[1]: [crop]}
+        transforms = {VIEWS[0]: [views.view1, views.view2], VIEWS[1]: [crop]}
         by_view = {}
         for view in VIEWS:
             places = Places(data, points, indices, transforms[view], seed=0)

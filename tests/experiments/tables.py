@@ -393,11 +393,18 @@ def spread(values):
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
+def mean_and_half(values):
+    """Return the mean of values and half the width of its 95 % interval, by Student's t; 0 for one
+    value."""
+    if len(values) == 1:
+        return values[0], 0.0
+    standard_error = statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), STUDENT[len(values)] * standard_error
+
+
 def difference(values, base_values):
     """Return the mean of the paired differences and its 95 % interval, by Student's t."""
-    pairs = [a - b for a, b in zip(values, base_values, strict=True)]
-    mean = statistics.mean(pairs)
-    half = STUDENT[len(pairs)] * statistics.stdev(pairs) / len(pairs) ** 0.5
+    mean, half = mean_and_half([a - b for a, b in zip(values, base_values, strict=True)])
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
@@ -518,15 +525,6 @@ def pictures(data, seed, root=None, init=None, more_options=()):
                  "method": overview(folders["LoDisc"], images.train)}
     for name, page in pages.items():
         page.quantize(128).save(HERE / "pictures" / f"{name}.png", optimize=True)
-
-
-def mean_and_half(values):
-    """Return the mean of values and half the width of its 95 % interval, by Student's t; 0 for one
-    value."""
-    if len(values) == 1:
-        return values[0], 0.0
-    return (statistics.mean(values),
-            STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5)
 
 
 def draw_chart(more_options):
