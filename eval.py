@@ -1,18 +1,23 @@
-"""Evaluate an encoder: linear probe, k-NN, retrieval, a picture of its pivotal patches.
+"""Evaluate an encoder (linear probe, k-NN, retrieval), draw what it sees, write its features.
 
     python eval.py all runs/synthetic-lodisc-1
     python eval.py all WEIGHTS --data DIR        published weights, see README.md
     python eval.py masks runs/synthetic-lodisc-1 [my-image.jpg ...]
+    python eval.py neighbours runs/synthetic-lodisc-1
+    python eval.py embed runs/synthetic-lodisc-1 [my-image.jpg ... | --data DIR] [--out f.csv]
     python eval.py export runs/synthetic-lodisc-1
 
 A run's metrics go into its eval.json, and per test image into per_image.json. Features are of the
 online encoder on a centre crop; nothing is chosen on the test set."""
 
 import argparse
+import csv
 import importlib.util
+import io
 import json
 import os
 import sys
+import time
 import uuid
 import warnings
 from contextlib import contextmanager
@@ -28,11 +33,15 @@ from torch.utils.data import DataLoader
 from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms import v2
 
-from data.augment import Plain, Preprocessing, cropped_maps, decode_map, plain_crop, to_tensor
+from data.augment import (Plain, Preprocessing, Readable, cropped_maps, decode_map, plain_crop,
+                          to_tensor)
 from data.birds import BIRD
-from data.datasets import (check_headers, data_name, default_workers, fitting_workers, hash_images,
-                           load_data, naming_dead_workers, open_image)
-from data.draw import PART_COLOURS, example_indices, mask_sheet, sheet
+from data.datasets import (Fold, Gallery, check_headers, data_name, default_workers,
+                           fitting_workers, hash_images, load_data, load_gallery,
+                           naming_dead_workers, open_image, printable, read_headers,
+                           say_if_dark)
+from data.draw import (PART_COLOURS, SHOWN, TILE, example_indices, mask_sheet, neighbour_sheet,
+                       sheet)
 from lodisc import (METHODS, NORMALISATIONS, MoCoV3, UserError, VisionTransformer, load_encoder,
                     location_mask, patch_importance, read_weights, require)
 
@@ -62,10 +71,11 @@ class RawPixels(torch.nn.Module):
         return F.adaptive_avg_pool2d(images, min(16, images.shape[-1])).flatten(1)
 
 
-def plain_loader(dataset, preprocessing, workers):
-    """Return batches of (centre crops, classes), by as many processes as shared memory has room."""
+def plain_loader(dataset, preprocessing, workers, items=Plain):
+    """Return batches of (centre crops, classes), or of what else the class `items` makes of the
+    images, by as many processes as shared memory has room."""
     workers = fitting_workers(workers, BATCH * 3 * preprocessing.crop**2 * 4)
-    return DataLoader(Plain(dataset, preprocessing), BATCH, num_workers=workers,
+    return DataLoader(items(dataset, preprocessing), BATCH, num_workers=workers,
                       generator=torch.Generator())  # so that it does not draw from torch's
 
 
@@ -556,10 +566,12 @@ def read_maps(folder, dataset):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("what", choices=["linear", "knn", "retrieval", "all", "masks", "export"])
+    add("what", choices=["linear", "knn", "retrieval", "all", "masks", "neighbours", "embed",
+                         "export"])
     add("checkpoint", type=lambda text: Path(weights_file(text)),
         help=f"a run's folder, its checkpoint.pt, published weights, or {', '.join(WEIGHTS)}")
-    add("images", nargs="*", type=Path, help="masks: image files in place of eight of the data set")
+    add("images", nargs="*", type=Path, default=[],
+        help="masks, embed: image files in place of eight, or of all images, of the data set")
     add("--data", help="a data set by name, or a folder; default: the run's")
     add("--data-root", help="folder of the named data sets; default: the run's")
     add("--features", choices=["class", "mean"], default="class", help="token, or mean of patches")
@@ -571,8 +583,9 @@ def parse_args(argv=None):
     add("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if any)")
     add("--workers", type=int, default=default_workers(),
         help="loading processes; 0: none (default: one per processor, here %(default)s)")
-    add("--out", type=Path, help="a new file; default: in the run's folder, or the current one")
-    return parser.parse_args(argv)
+    add("--out", type=Path, help="a new file; default: in the run's folder, or the current one; "
+        "embed: .npz (default) or .csv")
+    return parser.parse_intermixed_args(argv)  # image files may stand behind options
 
 
 def pick_device(name):
@@ -617,16 +630,28 @@ def load_subject(args, device):
 
 def read_data(args, config):
     """Load the data of the command line, or else of the run; it must have test images."""
-    require(config or args.data is not None, "published weights: give the images by --data",
-            UserError)
-    args.data = config["data"] if args.data is None else data_name(args.data)
-    held_out = args.data == config.get("data") and config["held_out"]
-    data = load_data(args.data, args.data_root or config.get("data_root", "datasets"),
-                     held_out=held_out)
+    data = load_named(args, config)
     require(data.test is not None, data.note, UserError)
     check_headers(data)
     print(f"data: {data.describe()}")
     return data
+
+
+def load_named(args, config):
+    """Load the data of the command line, or else of the run, with or without test images."""
+    name_data(args, config)
+    held_out = args.data == config.get("data") and config["held_out"]
+    return load_data(args.data, args.data_root, held_out=held_out)
+
+
+def name_data(args, config):
+    """Put the run's data and data root in place of what the command line does not give."""
+    require(config or args.data is not None, "published weights: give the images by --data",
+            UserError)
+    args.data = config["data"] if args.data is None else data_name(args.data)
+    args.data_root = os.path.expanduser(args.data_root or config.get("data_root", "datasets"))
+    if config.get("held_out") and args.data != config["data"]:
+        print(f"the run holds out images of {config['data']}; of {args.data} none is held out")
 
 
 def run_folder(args):
@@ -654,11 +679,11 @@ def output_path(args, config, name):
     """Return where a file goes; only a run's own picture of an earlier call is overwritten."""
     folder = run_folder(args) if config else Path()
     path = args.out or folder / name
-    is_new = not path.exists()
-    if config and args.what != "export" and not args.out:
+    is_new = not os.path.lexists(path)
+    if config and args.what not in ("embed", "export") and not args.out:
         is_new = True  # replaces the run's picture of an earlier call
-    require(path.parent.is_dir() and is_new, f"--out {path}: expected a new file in a folder that "
-            "exists", UserError)
+    require(path.parent.is_dir(), f"--out {path}: there is no folder {path.parent}", UserError)
+    require(is_new, f"{path} is there already: move it, or give another --out FILE", UserError)
     return path
 
 
@@ -741,8 +766,8 @@ def draw_masks(args, encoder, config, device):
         if own:
             page = map_page(model, data.train, own[1])
         else:
-            images = [data.test[i][0] for i in example_indices(data.test.targets)]
-            page = attention_page(model, config, images)
+            drawn = Fold(data.test, example_indices(data.test.targets))
+            page = attention_page(model, config, [image for image, _ in drawn], drawn)
     save_picture(page, path)
     print(f"wrote {path}")
 
@@ -760,8 +785,9 @@ def measure_place(args, model, config, dataset):
     save_metrics(args, config, {"momentum encoder": {"masks": place}})
 
 
-def attention_page(model, config, images):
-    """Draw images, their importance by the momentum encoder, and the method's pivotal patches."""
+def attention_page(model, config, images, dataset=None):
+    """Draw images, their importance by the momentum encoder, and the method's pivotal patches, and
+    say of each where these lie; dataset: of the images, with or without regions."""
     encoder = model.momentum_encoder
     images = [v2.Compose(plain_crop(encoder.image_size))(image) for image in images]
     normalise = v2.Compose(to_tensor(encoder.mean, encoder.std))
@@ -770,7 +796,85 @@ def attention_page(model, config, images):
     if masks is not None:
         masks = masks.cpu()
     importance = importance_of(encoder, batch, config.get("importance", "product"))
-    return mask_sheet(images, importance, masks)
+    cover = None
+    if hasattr(dataset, "regions"):
+        cover = patch_cover(dataset, encoder.image_size, encoder.patch_size)
+    notes = [] if masks is None else place_notes(masks, cover)
+    return mask_sheet(images, importance, masks, notes)
+
+
+def place_notes(masks, cover=None):
+    """Return the notes of `sheet`: which fraction of each image's kept patches, bool (n, N), is on
+    the border and, unless None, how much of them the object covers (n, N); beside all patches'."""
+    chance = border_fraction(torch.ones_like(masks))
+    borders = [border_fraction(mask[None]) for mask in masks]
+    print(f"border fraction of the drawn images {sum(borders) / len(borders):.2f} (chance level "
+          f"{chance:.2f})")
+    head, notes = "on the border\n(chance)", [f"{border:.2f} ({chance:.2f})" for border in borders]
+    if cover is not None:
+        head = "on the border,\non the object\n(chance)"
+        for i, (mask, covered) in enumerate(zip(masks, cover)):
+            notes[i] += f"\n{covered[mask].mean():.2f} ({covered.mean():.2f})"
+    return [head, *notes]
+
+
+def draw_neighbours(args, encoder, config, device):
+    """Draw eight test images, every n/8-th, and the nearest of the others by the initial and by the
+    trained encoder, framed by their class if it is known."""
+    path = output_path(args, config, "neighbours.png")
+    picture_format(path)  # before it is drawn
+    dataset = compared_images(args, config)
+    require(len(dataset) > 1, "neighbours need two images", UserError)
+    encoders = compared_encoders(config, encoder)
+    del encoders["raw pixels"]
+    if args.momentum:
+        encoders = {("momentum" if name == "trained" else name): encoders[name]
+                    for name in encoders}
+    preprocessing = Preprocessing(encoder.image_size, encoder.mean, encoder.std)
+    features = extract(encoders, dataset, preprocessing, device, args.workers, args.features)
+    count = min(SHOWN, len(dataset))
+    queries = [i * len(dataset) // count for i in range(count)]
+    crop, blocks = v2.Compose(plain_crop(TILE)), {}
+    for name, (vectors, labels) in features.items():
+        require_finite(vectors)
+        neighbours = nearest(vectors, queries)
+        images = [[crop(dataset[i][0]) for i in row] for row in neighbours.tolist()]
+        title, hits = name, None
+        if labels.min() >= 0 and len(labels.unique()) > 1:
+            hits = (labels[neighbours] == labels[queries, None]).tolist()
+            if labels.bincount().max() > 1:
+                title += f": rank-1 {retrieval(features[name])['rank1']:.3f}"
+                print(title)
+        blocks[title] = images, hits
+    save_picture(neighbour_sheet([crop(dataset[i][0]) for i in queries], blocks), path)
+    print(f"wrote {printable(path)}")
+
+
+def compared_images(args, config):
+    """Return the data's test images, else all that have a class, if most have one, else all."""
+    data = load_named(args, config)
+    if data.test is not None:
+        check_headers(data)
+        print(f"data: {data.describe()}")
+        return data.test
+    gallery = load_gallery(args.data, args.data_root)
+    labelled = [i for i, label in enumerate(gallery.targets) if label >= 0]
+    if 2 * len(labelled) <= len(gallery):
+        labelled = range(len(gallery))
+    print(f"{data.note}: neighbours among all {len(labelled)} images")
+    if len(labelled) < len(gallery):
+        print(f"left out: {len(gallery) - len(labelled)} images without a class")
+    return Fold(gallery, labelled)
+
+
+def nearest(features, queries, count=5):
+    """Return the indices of the nearest other images of queries by cosine: (queries, count).
+
+    features (n, D); queries: indices."""
+    features = F.normalize(features, dim=1)
+    similarity = features[queries] @ features.T  # (queries, n)
+    similarity[torch.arange(len(queries)), queries] = -torch.inf
+    return similarity.topk(min(count, len(features) - 1)).indices
 
 
 def export(args, encoder, config):
@@ -794,13 +898,97 @@ def export(args, encoder, config):
     print(f"wrote {path}")
 
 
+def write_csv(file, features, paths, labels, classes):
+    """Write a line per image: its path, the number of its class, -1 if unknown, its features."""
+    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label", *(f"f{i}" for i in range(features.shape[1]))])
+    for path, label, row in zip(paths, labels, features):
+        writer.writerow([path, label, *row.astype(str)])  # as many digits as float32 needs
+    text.detach()
+
+
+FEATURE_FILES = {".npz": np.savez, ".csv": write_csv}  # ending: a function of (file, arrays)
+
+
+def embed(args, encoder, config, device):
+    """Write the features of all images of a data set, whatever their split, or of the image files
+    given, with their paths and classes. Those that cannot be read are named and left out."""
+    path = output_path(args, config, "features.npz")
+    write = FEATURE_FILES.get(path.suffix.lower())
+    require(write, f"{path}: expected the ending {' or '.join(FEATURE_FILES)}", UserError)
+    write_whole(path, lambda file: None)  # so that it is known now if it cannot be written
+    path.unlink()
+    gallery = read_gallery(args, config)
+    deep, _ = read_headers([image for image in gallery.images[:1000] if isinstance(image, str)])
+    say_if_dark(deep, refuse=False)
+    features, rows = extract_readable(encoder, gallery, device, args.workers, args.features)
+    arrays = {"features": features.numpy(), "paths": np.array([gallery.names[i] for i in rows]),
+              "labels": np.array([gallery.targets[i] for i in rows], dtype=np.int64),
+              "classes": np.array(gallery.classes, dtype=str)}
+    write_whole(path, lambda file: write(file, **arrays))
+    print(f"wrote {printable(path)}: {len(rows)} images, {features.shape[1]} features")
+    missing = len(gallery) - len(rows)
+    if missing:
+        print(f"warning: {missing} of {len(gallery)} images cannot be read and were left out")
+
+
+@torch.no_grad()
+def extract_readable(encoder, gallery, device, workers, kind):
+    """Return the features (n, D) of the images that can be read, and their indices; print the
+    others and the progress. Raises UserError if there are none."""
+    encoder = encoder.to(device).eval()
+    preprocessing = Preprocessing(encoder.image_size, encoder.mean, encoder.std)
+    features = torch.empty(len(gallery), encoder.sizes["dim"])
+    rows, done = [], 0
+    begun = said = time.monotonic()
+    with naming_dead_workers():
+        for images, reasons in plain_loader(gallery, preprocessing, workers, Readable):
+            readable = [i for i, reason in enumerate(reasons) if not reason]
+            for reason in filter(None, reasons):
+                print(f"left out: {reason}")
+            if readable:
+                batch = encode(encoder, images[readable].to(device), kind).float().cpu()
+                require_finite(batch)
+                features[len(rows):len(rows) + len(readable)] = batch
+            rows += [done + i for i in readable]
+            done += len(images)
+            now = time.monotonic()
+            if now - said > 10 or done == len(gallery):
+                print(f"{done} of {len(gallery)} images, {done / (now - begun):.0f} a second")
+                said = now
+    require(rows, f"none of the {len(gallery)} images can be read", UserError)
+    return features[:len(rows)], rows
+
+
+def read_gallery(args, config):
+    """Return the Gallery of the image files of the command line, or of all images of its data."""
+    if not args.images:
+        name_data(args, config)
+        gallery = load_gallery(args.data, args.data_root)
+        left_out = f"; left out: {gallery.left_out}" if gallery.left_out else ""
+        print(f"data: {len(gallery)} images of {len(gallery.classes)} classes{left_out}")
+        return gallery
+    require(args.data is None, "give image files or --data, not both", UserError)
+    for path in args.images:
+        require(not path.is_dir(), f"{path} is a folder: give it by --data", UserError)
+        require(path.exists(), f"{path}: no such file", UserError)
+    names = list(map(str, args.images))
+    return Gallery(names, names, [-1] * len(names), [])
+
+
 def main(argv=None):
     args = parse_args(argv)
-    require(args.what == "masks" or not args.images, "image files are only for masks", UserError)
+    require(args.what in ("masks", "embed") or not args.images, "image files are only for masks "
+            "and embed", UserError)
     device = pick_device(args.device)
     encoder, config = load_subject(args, device)
     if args.what == "masks":
         draw_masks(args, encoder, config, device)
+    elif args.what == "neighbours":
+        draw_neighbours(args, encoder, config, device)
+    elif args.what == "embed":
+        embed(args, encoder, config, device)
     elif args.what == "export":
         export(args, encoder, config)
     else:

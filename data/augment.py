@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from data.datasets import opened
-from lodisc import require
+from lodisc import UserError, require
 
 ORDER, AUGMENTATION, MASK_NOISE = range(3)  # what a seed is for: no two purposes share a stream
 
@@ -193,3 +193,18 @@ class Plain(Dataset):
     def __getitem__(self, index):
         image, label = self.dataset[index]
         return self.transform(image), label
+
+
+class Readable(Plain):
+    """(centre crop, "") of a data set's images; of one that cannot be read (zeros, the reason)."""
+
+    def __init__(self, dataset, preprocessing):
+        super().__init__(dataset, preprocessing)
+        self.blank = torch.zeros(3, preprocessing.crop, preprocessing.crop)
+
+    def __getitem__(self, index):
+        try:
+            image, _ = super().__getitem__(index)
+            return image, ""
+        except UserError as error:
+            return self.blank, str(error)

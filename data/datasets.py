@@ -64,12 +64,17 @@ def open_image(path):
 
     Raises UserError, one line with the path, for a file that is broken or no image."""
     image = decode(path)
-    in_main_process = get_worker_info() is None
-    if 0 < SIXTEEN_BIT["greatest"] <= 4095 and not SIXTEEN_BIT["said"] and in_main_process:
+    if get_worker_info() is None:
+        warn_of_dark(path)
+    return image
+
+
+def warn_of_dark(path):
+    """Print a line, once, if there were 16-bit images and none had a value above 4,095."""
+    if 0 < SIXTEEN_BIT["greatest"] <= 4095 and not SIXTEEN_BIT["said"]:
         SIXTEEN_BIT["said"] = True
         print(f"{printable(path)}: no 16-bit image so far has a value above 4,095, and 65,535 is "
               "white; if these are 12-bit data, multiply them by 16, or they are nearly black")
-    return image
 
 
 def decode(path):
@@ -238,7 +243,7 @@ class Images(Dataset):
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
           "val": "val", "valid": "val", "validation": "val"}  # a folder's name: the split
 NOT_DATA = (".", "@", "#", "$", "__")  # .ipynb_checkpoints, @eaDir, #recycle, __MACOSX
-PICTURES = ("run.png", "masks.png")  # of this program
+PICTURES = ("run.png", "masks.png", "neighbours.png")  # of this program
 
 
 def find_images(root):
@@ -269,11 +274,14 @@ def find_images(root):
             elif name in PICTURES:
                 left_out[name] += 1
             else:
-                path = Path(folder, name)
-                require(os.path.isfile(path), f"{printable(path)} is a broken link, or no file: "
-                        "remove it", UserError)
-                images.append(path.relative_to(root))
+                images.append(Path(folder, name).relative_to(root))
     return images, left_out
+
+
+def require_file(path):
+    """Raise UserError for a broken link, and for what would block, such as a pipe."""
+    require(os.path.isfile(path), f"{printable(path)} is a broken link, or no file: remove it",
+            UserError)
 
 
 def by_first_folder(images):
@@ -323,9 +331,20 @@ def images_of(folder, classes):
     paths, targets = [], []
     for label, name in enumerate(sorted(classes)):
         for path in sorted(classes[name], key=lambda path: (str(path.parent), path.name)):
+            require_file(folder / name / path)
             paths.append(str(folder / name / path))
             targets.append(label)
     return Images(paths, targets, sorted(classes))
+
+
+def require_images(root):
+    """Return what `find_images` does; raise UserError without a folder, or without images."""
+    require(os.path.isdir(root), f"--data {printable(root) or '(empty)'}: no such folder; expected "
+            f"{', '.join(NAMES)}, or a folder of images, see data/README.md", UserError)
+    images, left_out = find_images(root)
+    require(images, f"--data {printable(root)}: found no valid file; expected images that end in "
+            f"{', '.join(IMG_EXTENSIONS)}, got {list_counts(left_out) or 'nothing'}", UserError)
+    return images, left_out
 
 
 def load_folder(root):
@@ -333,11 +352,7 @@ def load_folder(root):
 
     With train/ and test/ (or val/) that have class folders: trained on and evaluated. Else trained
     on, and the note says what the evaluation lacks; class folders serve --held-out."""
-    require(os.path.isdir(root), f"--data {printable(root) or '(empty)'}: no such folder; expected "
-            f"{', '.join(NAMES)}, or a folder of images, see data/README.md", UserError)
-    images, left_out = find_images(root)
-    require(images, f"--data {printable(root)}: found no valid file; expected images that end in "
-            f"{', '.join(IMG_EXTENSIONS)}, got {list_counts(left_out) or 'nothing'}", UserError)
+    images, left_out = require_images(root)
     root, splits = find_splits(Path(root), images, left_out)
     classes = {}
     for split, (folder, paths) in splits.items():
@@ -364,6 +379,69 @@ def load_folder(root):
     return Data(*sets, "", found)
 
 
+class Gallery(Dataset):
+    """All images of a data set, whatever their split: (RGB image, class, or -1 if unknown).
+
+    images: paths, or (data set, index) of drawn ones; names: relative paths, in whose order the
+    images are."""
+
+    def __init__(self, images, names, targets, classes, left_out=""):
+        order = sorted(range(len(names)), key=names.__getitem__)
+        self.images, self.names = [images[i] for i in order], [names[i] for i in order]
+        self.targets, self.classes = [targets[i] for i in order], classes
+        self.left_out = left_out
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image = self.images[index]
+        if isinstance(image, tuple):
+            dataset, place = image
+            return dataset[place][0], self.targets[index]
+        require_file(image)
+        return open_image(image), self.targets[index]  # not cached, as it is read once
+
+
+def folder_gallery(root):
+    """Return the Gallery of a folder: the images of all splits. Classes are numbered as in the
+    training, those that only other splits have after these; images beside them have none."""
+    images, left_out = require_images(root)
+    top, splits = find_splits(Path(root), images, Counter())
+    class_of, names = {}, {}  # path: class; split: its classes
+    for split, (folder, paths) in splits.items():
+        names[split] = find_classes(paths, Counter())
+        for name, below in names[split].items():
+            if name:
+                class_of |= {top / folder / name / path: name for path in below}
+    trained = sorted(filter(None, names["train"]))
+    classes = trained + sorted(set(class_of.values()) - set(trained))
+    labels = {name: label for label, name in enumerate(classes)}
+    paths = [Path(root, image) for image in images]
+    targets = [labels[class_of[path]] if path in class_of else -1 for path in paths]
+    return Gallery(list(map(str, paths)), [image.as_posix() for image in images], targets, classes,
+                   list_counts(left_out))
+
+
+def load_gallery(name, root="datasets"):
+    """Return the Gallery of `synthetic`, a named data set below root, or a folder."""
+    SIXTEEN_BIT.update(greatest=0, said=False)
+    if name not in NAMES:
+        return folder_gallery(name)
+    images, names, targets = [], [], []
+    data = load_data(name, root)
+    for split, dataset in (("train", data.train), ("test", data.test)):
+        paths = image_paths(dataset)
+        if paths:
+            images += map(str, paths)
+            names += [Path(path).relative_to(root).as_posix() for path in paths]
+        else:  # drawn
+            images += [(dataset, i) for i in range(len(dataset))]
+            names += [f"{split}/{i:05d}" for i in range(len(dataset))]
+        targets += dataset.targets
+    return Gallery(images, names, targets, data.train.classes)
+
+
 def list_counts(left_out):
     """Return a Counter as text; what occurs once is named without a number."""
     items = []
@@ -372,25 +450,46 @@ def list_counts(left_out):
     return ", ".join(items)
 
 
+def read_headers(paths):
+    """Open image files' headers; return those with more than 8 bits, and a UserError for each file
+    that cannot be opened."""
+    deep, broken = [], []
+    for path in paths:
+        try:
+            require_file(path)
+            with opened(path) as image:
+                if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                    deep.append(path)
+        except UserError as error:
+            broken.append(error)
+        except Exception as error:
+            broken.append(unreadable(path, error))
+    return deep, broken
+
+
+def say_if_dark(deep, refuse=True):
+    """Decode at most 20 files with more than 8 bits, in this process: a line says if all are dark.
+    Raises UserError if values cannot be scaled, unless refuse is False."""
+    for path in deep[:20]:
+        try:
+            decode(path)
+        except UserError:
+            if refuse:
+                raise
+    if deep:
+        warn_of_dark(deep[0])
+
+
 def check_headers(data):
     """Open the header of every image file of a data set, so that a broken one is known before the
     training. Raises UserError for the first, with the number of all."""
     paths = [path for dataset in (data.train, data.test) for path in image_paths(dataset)]
-    begun, broken, deep = time.monotonic(), [], []
-    for path in paths:
-        try:
-            with opened(path) as image:
-                if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                    deep.append(path)
-        except Exception as error:
-            broken.append(unreadable(path, error))
+    begun = time.monotonic()
+    deep, broken = read_headers(paths)
     if broken:
         others = f"; so are {len(broken) - 1} other files" if len(broken) > 1 else ""
         raise UserError(f"{broken[0]}{others}")
-    for path in deep[:20]:  # of more bits: their values are checked
-        decode(path)
-    if deep:
-        open_image(deep[0])  # a line says if all of them are dark
+    say_if_dark(deep)
     seconds = time.monotonic() - begun
     if seconds > 5:
         print(f"opened the headers of {len(paths)} images in {seconds:.0f} s, "

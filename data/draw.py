@@ -19,6 +19,7 @@ COLOURS = {"global loss": BLUE, "local loss": ORANGE, "raw pixels": GREY, "untra
            "initial": ORANGE, "trained": BLUE}
 PART_COLOURS = GREY, BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, RED  # the first is the ground's
 WIDTH, HEIGHT, FRAME = 1200, 340, 133  # of a run's picture, its upper half, a tile's step
+LEAST = 100  # a tile's step if that gives room for more images side by side
 
 
 def example_indices(targets):
@@ -65,15 +66,20 @@ def colour_patches(values, image):
     return heat_map(values, image)
 
 
-def sheet(rows, names=(), tile=TILE):
+def sheet(rows, names=(), tile=TILE, notes=()):
     """Return {name: (images, values)} as labelled rows. values (n, N): None, the importance of
-    patches, bool masks, or int64 parts, whose names are in the legend."""
+    patches, bool masks, or int64 parts, whose names are in the legend. notes: a text for the margin
+    and one for each column, drawn below the rows."""
     step, columns = tile + GAP, max(len(images) for images, _ in rows.values())
     height = step * len(rows) + GAP
-    legend_height = 24 if names else 0
-    page = Image.new("RGB", (MARGIN + step * columns, height + legend_height), "white")
+    lines = max((note.count("\n") + 1 for note in notes), default=0)
+    foot = max(24 if names else 0, 20 * lines + 4 if notes else 0)
+    page = Image.new("RGB", (MARGIN + step * columns, height + foot), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
     legend(pen, (MARGIN - 12, height + 28), dict(zip(names, PART_COLOURS)), font)
+    for column, note in enumerate(notes):
+        x = 8 if column == 0 else MARGIN + (column - 1) * step
+        pen.multiline_text((x, height), note, "black", font, spacing=4)
     for y, (name, (images, values)) in enumerate(rows.items()):
         pen.multiline_text((8, GAP + y * step + tile // 2), name, "black", font, anchor="lm")
         for x, image in enumerate(images):
@@ -84,14 +90,59 @@ def sheet(rows, names=(), tile=TILE):
     return page
 
 
-def mask_sheet(images, importance, masks):
-    """Return rows of images, their importance (n, N) and, unless None, their masks (n, N)."""
+def mask_sheet(images, importance, masks, notes=()):
+    """Return rows of images, their importance (n, N) and, unless None, their masks (n, N); notes:
+    as in `sheet`."""
     rows = {"image": (images, None), "importance,\nhigh: yellow": (images, importance)}
     if masks is not None:
         least, most = int(masks.sum(1).min()), int(masks.sum(1).max())
         kept = f"{least} to {most}" if least < most else f"{least}"
         rows[f"kept, {kept}\nof {masks.shape[1]}"] = images, masks
-    return sheet(rows)
+    return sheet(rows, notes=notes)
+
+
+def neighbour_sheet(queries, blocks, tile=96):
+    """Draw a row per query: its image, then in each block {title: (images, hits)} its neighbours.
+
+    queries: PIL images; images: a list of them per query, nearest first; hits: as many bools, in
+    the right class or not, drawn as the frame's colour and as a tick or a cross; or None."""
+    gap = 8
+    step, head = tile + gap, 32
+    most = max(len(row) for images, _ in blocks.values() for row in images)
+    width = step + len(blocks) * (step * most + 2 * gap)
+    page = Image.new("RGB", (width, head + step * len(queries)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(16)
+    pen.text((gap, head - 8), "query", "black", font, anchor="ls")
+
+    def paste(image, x, y):
+        page.paste(image.resize((tile, tile), Image.BICUBIC), (x, y))
+
+    for row, query in enumerate(queries):
+        paste(query, gap // 2, head + row * step)
+    for block, (title, (images, hits)) in enumerate(blocks.items()):
+        left = step + block * (step * most + 2 * gap) + 2 * gap
+        pen.text((left, head - 8), title, "black", font, anchor="ls")
+        for row, neighbours in enumerate(images):
+            for column, image in enumerate(neighbours):
+                x, y = left + column * step, head + row * step
+                paste(image, x, y)
+                if hits is not None:
+                    frame(pen, (x, y, x + tile - 1, y + tile - 1), hits[row][column])
+    return page
+
+
+def frame(pen, box, hit):
+    """Draw a frame inside box: blue with a tick for a hit, else red with a cross."""
+    left, top, right, bottom = box
+    colour = BLUE if hit else RED
+    pen.rectangle(box, outline=colour, width=4)
+    x, y = right - 20, bottom - 20
+    pen.rectangle((x, y, right, bottom), colour)
+    if hit:
+        pen.line([(x + 5, y + 10), (x + 9, y + 15), (x + 16, y + 5)], "white", 3)
+    else:
+        pen.line([(x + 5, y + 5), (x + 15, y + 15)], "white", 3)
+        pen.line([(x + 5, y + 15), (x + 15, y + 5)], "white", 3)
 
 
 def colours_of(names):
@@ -186,7 +237,13 @@ def run_sheet(history, levels, metrics, images, film):
     last = min(SHOWN, len(film)) - 1
     film = [film[round(i * (len(film) - 1) / max(1, last))] for i in range(last + 1)]
     font, large = ImageFont.load_default(14), ImageFont.load_default(16)
-    height = HEIGHT + 40 + FRAME * len(images) if film else HEIGHT
+    columns = len(film) + 1
+    groups = max(1, WIDTH // (LEAST * columns))  # of images, side by side, where there is room
+    rows = math.ceil(len(images) / groups)
+    height = HEIGHT
+    if film:
+        step = min(FRAME, WIDTH // (columns * math.ceil(len(images) / rows)))
+        height += 40 + step * rows
     page = Image.new("RGB", (WIDTH, height), "white")
     pen = ImageDraw.Draw(page)
     retrieval = {}
@@ -206,14 +263,15 @@ def run_sheet(history, levels, metrics, images, film):
         pen.text((box[0], box[1]), "not evaluated", "black", large)
     if not film:
         return page.quantize(256)  # a third of the bytes
-    step = min(FRAME, WIDTH // (len(film) + 1))
     pen.text((WIDTH, HEIGHT - 6), "patches kept (momentum encoder)", GREY, font, anchor="rb")
     heads = ["image", *(f"epoch {epoch}" for epoch, _ in film)]
-    for x, head in enumerate(heads):
-        pen.text((x * step + step / 2, HEIGHT + 16), head, "black", large, anchor="mm")
-    for y, image in enumerate(images):
+    for i, image in enumerate(images):
+        left, top = i // rows * columns * step, HEIGHT + 32 + i % rows * step
         tile = image.resize((step - GAP, step - GAP), Image.BICUBIC)
-        row = [tile, *(kept_patches(masks[y], tile) for _, masks in film)]
-        for x, frame in enumerate(row):
-            page.paste(frame, (x * step + GAP, HEIGHT + 32 + y * step))
+        row = [tile, *(kept_patches(masks[i], tile) for _, masks in film)]
+        for x, picture in enumerate(row):
+            page.paste(picture, (left + x * step + GAP, top))
+            if i % rows == 0:
+                pen.text((left + x * step + step / 2, HEIGHT + 16), heads[x], "black", large,
+                         anchor="mm")
     return page.quantize(256)

@@ -452,6 +452,43 @@ def test_masks_png_shows_image_heat_map_and_kept_patches(tmp_path, elsewhere):
         assert pixels[4 + step:4 + step + tile, x:x + tile].float().std() > 10
 
 
+def test_notes_say_where_each_images_patches_lie(capsys):
+    masks = torch.zeros(2, 16, dtype=torch.bool)
+    masks[0, [5, 6]] = True  # inside
+    masks[1, [0, 6, 15]] = True
+    cover = torch.zeros(2, 16)
+    cover[0, 5], cover[1, [0, 15]] = 0.5, 0.25
+    assert evaluation.place_notes(masks) == [
+        "on the border\n(chance)", "0.00 (0.75)", "0.67 (0.75)"]
+    assert "border fraction of the drawn images 0.33 (chance level 0.75)" in capsys.readouterr().out
+    assert evaluation.place_notes(masks, cover) == [
+        "on the border,\non the object\n(chance)", "0.00 (0.75)\n0.25 (0.03)",
+        "0.67 (0.75)\n0.17 (0.03)"]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_notes_are_of_the_drawn_images(run_of_birds, flowers, monkeypatch, given):
+    """With the object where the data set has regions, not of given files."""
+    seen, real = [], evaluation.place_notes
+
+    def record(masks, cover=None):
+        seen.append((masks, cover))
+        return real(masks, cover)
+
+    monkeypatch.setattr(evaluation, "place_notes", record)
+    files = [str(path) for path in sorted(flowers.rglob("*.jpg"))[:3]] if given else []
+    evaluation.main(["masks", str(run_of_birds), *files, "--out", "drawn.png"])
+    (masks, cover), = seen
+    assert masks.shape == (3 if given else 8, 9)
+    if given:
+        assert cover is None
+        return
+    birds = Birds("test", 60)
+    indices = evaluation.example_indices(birds.targets)
+    expected = evaluation.patch_cover(birds, 24, 8)[indices]
+    assert torch.equal(cover, expected)
+
+
 def test_results_are_stored_beside_other_results_and_apart_from_values_per_image(tmp_path):
     first = {"raw pixels": {"knn": {"top1": 0.3}},
              "initial": {"linear": {"top1": 0.1, "per_image": {"top1": [0, 0]}}},
