@@ -56,8 +56,7 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
 class Attention(nn.Module):
-    """Multi-head self-attention. Its weights, if asked for, are computed beside the fused kernel
-    from the same q and k: the mask needs only one query's, the class token's."""
+    """Multi-head self-attention; its weights, if asked for, are made beside the fused kernel."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -66,10 +65,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, kind=None, class_only=False):
-        """x (B, T, D), the class token first -> features (B, T, D), or that token's, (B, 1, D), if
-        class_only; in qkv, q, k and v, and in each of them the heads, lie side by side. And
-        `attention_weights`, mean over heads: kind "row", of the class token's query, (B, T);
-        "matrix", of all queries, (B, T, T); None: None."""
+        """x (B, T, D), the class token first -> the pair (features, weights). Along the last axis
+        qkv(x) is [q, k, v], each of them, like the input of proj, [head 1, ..., head h].
+        features: (B, T, D); with class_only the class token's alone, (B, 1, D). weights, whatever
+        class_only says: the mean over heads of `attention_weights`, for kind "row" of the class
+        token's query, (B, T), for "matrix" of all queries, (B, T, T); None for None."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         weights = None
         if kind == "row":
@@ -211,10 +211,9 @@ def create_vit(name: str, image_size: int, patch_size: int, **options) -> Vision
 # --- 2. Pivotal regions: patch importance, attention multiplied over all layers --------------
 def attention_product(attentions: list[Tensor], patches=None) -> Tensor:
     """The paper's importance: the class token's attention multiplied elementwise over all layers.
-    attentions: rows (B, N) of each layer, the mean over heads -> (B, N), the LOG of the product:
-    the sum over layers of log a_l. It has the same order and does not underflow: 1e-4 in each of 12
-    layers is 1e-48. Weights below torch.finfo(torch.float32).tiny count as that: no logarithm is
-    infinite. patches: unused here. Source: the overview figure."""
+    attentions: rows (B, N) of each layer, the mean over heads -> (B, N), the LOG of the product,
+    which does not underflow: 1e-4 in each of 12 layers is 1e-48. Weights below
+    torch.finfo(torch.float32).tiny count as that: no logarithm is infinite. patches: unused."""
     tiny = torch.finfo(torch.float32).tiny
     return torch.stack([row.clamp_min(tiny).log() for row in attentions]).sum(dim=0)
 
@@ -224,9 +223,8 @@ def kept_count(num_patches: int, keep_ratio: float) -> int:
     return max(1, math.floor(keep_ratio * num_patches + 1e-9))  # 0.29 * 100 = 28.99... keeps 29
 
 def location_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
-    """Keep the most important patches of every image: (B, N) -> bool (B, N), True = kept.
-    Exactly `kept_count` per row; of equal values the lower index first, on every device. Source:
-    the figure's "location-wise mask strategy" (sort, threshold; `mask_pixels`: grid)."""
+    """Keep the most important patches of every image: (B, N) -> bool (B, N), True = kept, exactly
+    `kept_count` per row; of equal values the lower index first. generator: for other masks."""
     k = kept_count(importance.shape[1], keep_ratio)
     order = importance.argsort(dim=1, descending=True, stable=True)  # (B, N)
     return torch.zeros_like(importance, dtype=torch.bool).scatter_(1, order[:, :k], True)
@@ -259,8 +257,7 @@ def enlarge_box(images: Tensor, mask: Tensor, patch_size: int, side: int) -> Ten
     return F.interpolate(boxes, images.shape[2:], mode="bilinear")
 
 def kept_indices(mask: Tensor, k: int) -> Tensor:
-    """Return the indices of the k True entries of each row: (B, N) -> int64 (B, k), ascending.
-    The caller passes k, as reading mask.sum() back would synchronise with a GPU."""
+    """Return the indices of the k True entries of each row: (B, N) -> int64 (B, k), ascending."""
     return mask.int().argsort(dim=1, descending=True, stable=True)[:, :k]
 
 # --- Ablations: other importances and masks, and the registries of both ----------------------
@@ -387,8 +384,8 @@ class MoCoV3(nn.Module):
 
     def forward(self, view1, view2, generator=None, progress=0.0):
         """Two augmentations of the same images, (B, 3, H, W) -> MoCoV3Output: the `contrast` of
-        each view's query with the OTHER view's key, summed. Each view has its own passes, which
-        BatchNorm never mixes. generator, progress: for subclasses. ValueError as `check_views`."""
+        each view's `query` with the OTHER view's `key`, which gets no gradient, summed. A pass has
+        one view, as BatchNorm mixes a batch. ValueError: `check_views`. Rest: for subclasses."""
         check_views(view1, view2)
         q1, q2 = self.query(view1), self.query(view2)
         with torch.no_grad():  # stop-gradient
@@ -471,8 +468,9 @@ class LoDisc(MoCoV3):
         self.global_weight, self.local_weight = global_weight, local_weight
 
     def forward(self, view1, view2, generator=None, progress=0.0):
-        """As `MoCoV3.forward` -> LoDiscOutput: global_loss; local_loss likewise, with the OTHER
-        view's local key; total, their weighted sum. generator (CPU): for random masks."""
+        """As `MoCoV3.forward`, by one `key_and_mask` per view, view 1 first -> LoDiscOutput:
+        global_loss; local_loss, the same with `local_key` of the OTHER view and that view's mask;
+        total, their sum by global_weight and local_weight; masks. generator (CPU): for random."""
         check_views(view1, view2)
         q1, q2 = self.query(view1), self.query(view2)
         with torch.no_grad():  # stop-gradient
@@ -485,14 +483,16 @@ class LoDisc(MoCoV3):
         return LoDiscOutput(total, global_loss, local_loss, (mask1, mask2))
 
     def key_and_mask(self, view, generator=None):
-        """Global momentum branch -> z_k (B, C), and of the same pass the mask, bool (B, N)."""
+        """Global momentum branch -> z_k (B, C), and of the same pass, by `patch_importance` and the
+        function in MASKS, or `box_mask` for "crop", the mask, bool (B, N)."""
         features, importance = patch_importance(self.momentum_encoder, view, self.importance)
         choose = box_mask if self.local_input == "crop" else MASKS[self.mask].function
         mask = choose(importance, self.keep_ratio, generator)
         return self.momentum_projector(features), mask
 
     def local_key(self, view, mask):
-        """Local momentum branch: f_k again, over the pivotal patches alone -> z_l (B, C)."""
+        """Local momentum branch: f_k again, over the pivotal patches alone -> z_l (B, C): by
+        `mask_pixels`; "tokens": `kept_indices` (num_kept) as keep; "crop": `enlarge_box`."""
         size, keep = self.encoder.patch_size, None
         if self.local_input == "pixels":
             view = mask_pixels(view, mask, size)

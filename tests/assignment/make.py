@@ -1,67 +1,42 @@
-"""Make a student's copy of lodisc.py, without the bodies of its central functions, and graders.
+"""Make an assignment: a copy of lodisc.py without the bodies of its central functions, and graders.
 
     python tests/assignment/make.py OUT
-    cd OUT && python -m pytest        # prints which exercises pass, and the points
+    python tests/assignment/make.py OUT --exercises attention,mask,loss,rollout
+    cd OUT && python -m pytest        # prints the points of each exercise
 
 OUT must not exist yet. The functions are found by name in lodisc.py, and the graders compare with
-the outputs of its functions.
-"""
+the outputs of its functions. kit/ has the pages for the student, ANSWERS.md the answers for the
+teacher; grade.py grades what comes back."""
 
 import argparse
 import ast
 import importlib.util
+import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-# exercise: (points, functions of lodisc.py), in the suggested order
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+# exercise: functions of lodisc.py, in the suggested order; their points are in graders.py
 EXERCISES = {
-    "attention": (15, ["attention_weights", "Attention.forward"]),
-    "positions": (10, ["sincos_positions"]),
-    "product": (10, ["attention_product"]),
-    "rollout": (10, ["attention_rollout"]),
-    "mask": (10, ["location_mask"]),
-    "update": (10, ["momentum_update"]),
-    "schedule": (5, ["momentum_schedule"]),
-    "loss": (15, ["contrastive_loss"]),
-    "branches": (15, ["MoCoV3.forward", "LoDisc.forward"]),
+    "attention": ["attention_weights", "Attention.forward"],
+    "positions": ["sincos_positions"],
+    "product": ["attention_product"],
+    "mask": ["location_mask"],
+    "pixels": ["mask_pixels"],
+    "update": ["momentum_update"],
+    "schedule": ["momentum_schedule"],
+    "loss": ["contrastive_loss"],
+    "mocov3": ["MoCoV3.forward"],
+    "keys": ["LoDisc.key_and_mask", "LoDisc.local_key"],
+    "lodisc": ["LoDisc.forward"],
+    "rollout": ["attention_rollout"],
 }
-CONFTEST = '''\
-"""Print the points of the exercises after pytest's summary."""
-
-POINTS = {points}
-
-
-def pytest_terminal_summary(terminalreporter):
-    def exercises(kind):  # the names of tests have the form "...::test_<exercise>_..."
-        return {{report.nodeid.partition("::test_")[2].split("_")[0]
-                for report in terminalreporter.getreports(kind)}}
-
-    passed = POINTS.keys() & exercises("passed") - exercises("failed") - exercises("error")
-    for exercise, points in POINTS.items():
-        earned = points if exercise in passed else 0
-        terminalreporter.write_line(f"{{exercise:<12}}{{earned:>3}} of {{points}}")
-    total = sum(POINTS[exercise] for exercise in passed)
-    terminalreporter.write_line(f"{{'total':<12}}{{total:>3}} of {{sum(POINTS.values())}}")
-'''
-README = '''\
-# LoDisc, to be completed
-
-In `lodisc.py` the bodies of {count} functions are missing. Each docstring specifies the inputs and
-outputs. Complete them in the order of the table. The paper is arXiv 2403.04066; MoCo v3
-(arXiv 2104.02057) and attention rollout (arXiv 2005.00928) describe its parts.
-
-    pip install -r requirements.txt
-    python -m pytest                     # all exercises, with the points
-    python -m pytest -k {first}        # one exercise
-
-| exercise | functions | points |
-|---|---|---|
-{rows}
-'''
+OPTIONAL = ("rollout",)
 
 
 def functions(source):
@@ -76,12 +51,12 @@ def functions(source):
     return nodes
 
 
-def without_bodies(source):
+def without_bodies(source, exercises):
     """Return the source with a NotImplementedError in place of each exercise's body."""
     lines, nodes = source.splitlines(keepends=True), functions(source)
     removed = []
-    for exercise, (_, names) in EXERCISES.items():
-        removed += [(nodes[name], exercise, name) for name in names]
+    for exercise in exercises:
+        removed += [(nodes[name], exercise, name) for name in EXERCISES[exercise]]
     for node, exercise, name in sorted(removed, key=lambda item: -item[0].lineno):
         first = node.body[1].lineno - 1  # after the docstring
         while lines[first - 1].lstrip().startswith("#"):
@@ -104,6 +79,7 @@ def load(path, name="lodisc"):
     return module
 
 
+@torch.no_grad()
 def reference_values(lodisc):
     """Compute the graders' reference values: {exercise: arguments and results}."""
     generator = torch.Generator().manual_seed(0)
@@ -114,61 +90,103 @@ def reference_values(lodisc):
     rows = [draw(2, 9).mul(2).softmax(-1) for _ in range(4)]
     matrices = [draw(2, 10, 10).mul(2).softmax(-1) for _ in range(4)]
     attention, x = lodisc.Attention(12, 3), draw(2, 5, 12)
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.copy_(draw(*parameter.shape) / 2)
-        layer = {"weights": attention.state_dict(), "x": x, "features": attention(x)[0]}
-        layer |= {kind: attention(x, kind)[1] for kind in ("row", "matrix")}
+    for parameter in attention.parameters():
+        parameter.copy_(draw(*parameter.shape) / 2)
+    layer_q, layer_k, _ = attention.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    layer = {"layer": attention.state_dict(), "x": x, "features": attention(x)[0],
+             "layer q": layer_q.clone(),
+             "layer weights": lodisc.attention_weights(layer_q, layer_k)}
+    layer |= {kind: attention(x, kind)[1] for kind in ("row", "matrix")}
     q, k, queries, keys = draw(2, 3, 4, 8), draw(2, 3, 6, 8), draw(4, 8), draw(6, 8)
+    view, kept = draw(3, 3, 8, 8), lodisc.location_mask(draw(3, 16), 0.3)
+    with torch.enable_grad():
+        tracked = queries.clone().requires_grad_()
+        gradient, = torch.autograd.grad(lodisc.contrastive_loss(tracked, keys, 0.2), tracked)
     return {
-        "attention": layer | {"q": q, "k": k, "of q and k": lodisc.attention_weights(q, k)},
-        "positions": lodisc.sincos_positions(3, 8),
+        "attention": layer | {"q": q, "k": k, "of q and k": lodisc.attention_weights(q, k),
+                              "of 100 q and k": lodisc.attention_weights(100 * q, k)},
+        "positions": {dim: lodisc.sincos_positions(side, dim)[0]
+                      for side, dim in ((3, 8), (2, 16))},
         "product": {"rows": rows, "result": lodisc.attention_product(rows)},
         "rollout": {"matrices": matrices, "result": lodisc.attention_rollout(matrices)},
         "schedule": [lodisc.momentum_schedule(step, 8, 0.9) for step in range(9)],
-        "loss": {"queries": queries, "keys": keys, "result": [
-            lodisc.contrastive_loss(queries, keys, temperature, offset).item()
-            for temperature, offset in ((0.2, 0), (0.5, 0), (0.2, 2))]},
-        "branches": branches(lodisc, draw),
+        "loss": {"queries": queries, "keys": keys, "gradient": gradient,
+                 "result": [lodisc.contrastive_loss(queries, keys, temperature).item()
+                            for temperature in (0.2, 0.7, 0.01)],
+                 "with offset": lodisc.contrastive_loss(queries, keys, 0.2, 2).item()},
+        "keys": {"view": view, "kept": kept, "pixels": lodisc.mask_pixels(view, kept, 2)},
     }
 
 
-def branches(lodisc, draw):
-    """Compute the reference values of the forward passes, for a small LoDisc."""
-    torch.manual_seed(0)
-    views = draw(2, 6, 3, 32, 32)
-    model = lodisc.LoDisc(lodisc.VisionTransformer(32, 8, 24, 1, 3), hidden_dim=32, output_dim=16)
-    with torch.no_grad():  # both sides start alike; make a key of the wrong side differ
-        for parameter in (*model.encoder.parameters(), *model.projector.parameters()):
-            parameter.add_(draw(*parameter.shape) / 10)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    output = model(*views)
-    return {"views": views, "weights": weights, "masks": list(output.masks),
-            "global_loss": output.global_loss.item(), "local_loss": output.local_loss.item()}
+def exercise_names(text):
+    """Parse --exercises; raise argparse.ArgumentTypeError for an unknown name."""
+    names = text.split(",")
+    for name in names:
+        if name not in EXERCISES:
+            raise argparse.ArgumentTypeError(f"no exercise {name!r}; have {', '.join(EXERCISES)}")
+    if ("mocov3" in names) != ("lodisc" in names):
+        raise argparse.ArgumentTypeError("mocov3 and lodisc go together: each shows the other")
+    return [name for name in EXERCISES if name in names]
+
+
+def add_exercises(parser):
+    parser.add_argument("--exercises", type=exercise_names, metavar="NAME,NAME",
+                        default=[name for name in EXERCISES if name not in OPTIONAL],
+                        help=f"of {', '.join(EXERCISES)}; default: all but {', '.join(OPTIONAL)}")
+
+
+def points_of(exercises):
+    """Return {exercise: its points}, the sums of its graders'."""
+    points = dict.fromkeys(exercises, 0)
+    source = (HERE / "graders.py").read_text(encoding="utf-8")
+    for value, exercise in re.findall(r"^@points\((\d+)\)\ndef test_([a-z0-9]+)_", source, re.M):
+        if exercise in points:
+            points[exercise] += int(value)
+    return points
+
+
+def how_it_works():
+    """Return the README's section on the method, for a folder that has its figure."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## How it works\n(.*?)(?=^## )", readme, re.M | re.S)[1].strip()
+    return f"# How it works\n\n![The forward pass](method.png)\n\n{section}\n"
+
+
+def write_kit(out, exercises):
+    """Write the assignment to a new folder; return {exercise: points}."""
+    out.mkdir(parents=True)
+    source, points = (ROOT / "lodisc.py").read_text(encoding="utf-8"), points_of(exercises)
+    (out / "lodisc.py").write_text(without_bodies(source, exercises), encoding="utf-8")
+    torch.save(reference_values(load(ROOT / "lodisc.py", "solved")), out / "expected.pt")
+    shutil.copy(HERE / "graders.py", out / "test_exercises.py")
+    shutil.copy(HERE / "kit" / "points.py", out / "conftest.py")
+    figure = ROOT / "tests" / "experiments" / "pictures" / "method.png"
+    for file in (ROOT / "requirements.txt", HERE / "kit" / "pytest.ini",
+                 HERE / "kit" / "questions.md", figure):
+        shutil.copy(file, out)
+    (out / "points.json").write_text(json.dumps(points))
+    (out / "METHOD.md").write_text(how_it_works(), encoding="utf-8")
+    rows = []
+    for exercise, value in points.items():
+        names = ", ".join(f"`{name}`" for name in EXERCISES[exercise])
+        rows.append(f"| {exercise} | {names} | {value} |")
+    page = (HERE / "kit" / "README.md").read_text(encoding="utf-8")
+    page = page.replace("ROWS", "\n".join(rows)).replace("FIRST", exercises[0])
+    page = page.replace("TOTAL", str(sum(points.values())))
+    (out / "README.md").write_text(page, encoding="utf-8")
+    return points
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="a new folder")
-    out = parser.parse_args(argv).out
-    if out.exists():
-        sys.exit(f"make.py: {out} exists; give a new folder")
-    out.mkdir(parents=True)
-    source = (ROOT / "lodisc.py").read_text(encoding="utf-8")
-    (out / "lodisc.py").write_text(without_bodies(source), encoding="utf-8")
-    torch.save(reference_values(load(ROOT / "lodisc.py", "solved")), out / "expected.pt")
-    shutil.copy(Path(__file__).with_name("graders.py"), out / "test_exercises.py")
-    shutil.copy(ROOT / "requirements.txt", out)
-    points = {exercise: points for exercise, (points, _) in EXERCISES.items()}
-    (out / "conftest.py").write_text(CONFTEST.format(points=points))
-    rows, count = [], 0
-    for exercise, (value, names) in EXERCISES.items():
-        rows.append(f"| {exercise} | {', '.join(f'`{name}`' for name in names)} | {value} |")
-        count += len(names)
-    (out / "README.md").write_text(README.format(rows="\n".join(rows), first=next(iter(EXERCISES)),
-                                                 count=count))
-    print(f"wrote {out}: {len(EXERCISES)} exercises, {sum(points.values())} points; "
-          f"cd {out} && python -m pytest")
+    add_exercises(parser)
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        sys.exit(f"make.py: {args.out} exists; give a new folder")
+    points = write_kit(args.out, args.exercises)
+    print(f"wrote {args.out}: {len(points)} exercises, {sum(points.values())} points; "
+          f"cd {args.out} && python -m pytest")
 
 
 if __name__ == "__main__":
