@@ -668,22 +668,20 @@ def test_update_that_rounds_has_a_hint(graders, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_submissions_are_graded_to_csv(tmp_path, kit, capfd):
-    """By fresh graders. A function that never ends, or ends the process, costs its exercise alone."""
+    """By fresh graders. A function without an end, or that ends the process, costs itself alone."""
     blank = (kit / "lodisc.py").read_text(encoding="utf-8")
 
     def with_body(name, text):
         return SOURCE.replace(body(name), text)
 
     submissions = {
-        "solved": SOURCE, "blank": blank, "broken": "def broken(:\n",
-        "ends at once": "import os\nos._exit(0)\n",
+        "solved": with_body("momentum_update", "    os.chdir('/')\n" + body("momentum_update")),
+        "blank": blank, "broken": "def broken(:\n",
         "hangs": with_body("attention_weights", "    while True: pass"),
-        "ends": with_body("momentum_update", "    os._exit(0)"),
-        "damages": with_body("momentum_update", """
+        "ends": with_body("momentum_update", """
     import pathlib
     pathlib.Path("../points.json").write_text("{")
     os._exit(1)"""),
-        "moves": with_body("momentum_update", "    os.chdir('/')\n" + body("momentum_update")),
         "inflates": "import json, os, sys\npath = sys.argv[sys.argv.index('--points') + 1]\n"
                     "points = dict.fromkeys(['loss', 'mask'], 50)\n"
                     "json.dump({'earned': points, 'ran': points}, open(path, 'w'))\nos._exit(0)\n"}
@@ -693,22 +691,20 @@ def test_submissions_are_graded_to_csv(tmp_path, kit, capfd):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank" / "test_exercises.py").write_text("")
     (tmp_path / "blank" / "conftest.py").write_text("raise SystemExit")
-    chosen = ["--exercises", "attention,update,loss", "--timeout", "20"]
+    chosen = ["--exercises", "attention,update,loss", "--timeout", "25"]
     grade.main([*(str(tmp_path / name) for name in [*submissions, "empty"]), *chosen])
     rows = {Path(row["folder"]).name: row for row in csv.DictReader(
         capfd.readouterr().out.splitlines())}
     points = [[int(row[name]) for name in ("attention", "update", "loss", "total")]
               for row in rows.values()]
-    all_points = [15, 6, 14, 35]
     assert dict(zip(rows, points)) == {
-        "solved": all_points, "blank": 4 * [0], "broken": 4 * [0], "ends at once": 4 * [0],
-        "hangs": [0, 6, 14, 20], "ends": [15, 0, 14, 29], "damages": [15, 0, 14, 29],
-        "moves": all_points, "inflates": [0, 0, 14, 14], "empty": 4 * [0]}
+        "solved": [15, 6, 14, 35], "blank": 4 * [0], "broken": 4 * [0], "hangs": [0, 6, 14, 20],
+        "ends": [15, 0, 14, 29], "inflates": [0, 0, 14, 14], "empty": 4 * [0]}
     notes = {name: row["note"] for name, row in rows.items()}
-    assert notes["solved"] == notes["blank"] == notes["moves"] == ""
-    assert notes["broken"].startswith("SyntaxError") and notes["empty"] == "no lodisc.py"
-    assert notes["hangs"] == "attention: not done after 20 s"
-    assert notes["ends at once"] == "no grader ran" and notes["ends"] == "update: no grader ran"
+    assert notes["solved"] == notes["blank"] == "" and notes["empty"] == "no lodisc.py"
+    assert notes["broken"].startswith("SyntaxError")
+    assert notes["hangs"] == "attention: not done after 25 s"
+    assert notes["ends"] == "update: the file of points was damaged"
 
 
 @pytest.mark.parametrize("name", [name for names in make.EXERCISES.values() for name in names])

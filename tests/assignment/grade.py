@@ -2,9 +2,9 @@
 
     python tests/assignment/grade.py FOLDER ... > points.csv
 
-A folder must have lodisc.py. Only that file is taken from it: the graders are fresh ones. A kit made
-with --exercises is graded with the same. A student's code runs with your rights: grade in a container
-what you would not run. It runs in the graders' process, so a file that means to can give itself
+A folder must have lodisc.py. Only that file is taken from it: the graders are fresh ones. A kit
+made with --exercises is graded with the same. A student's code runs with your rights: grade in a
+container what you would not run. It runs in the graders' process, so a file that means to can give itself
 points: look at those with all of them."""
 
 import argparse
@@ -23,9 +23,12 @@ from pathlib import Path
 import make
 
 
+NOTHING = {"earned": {}, "ran": {}}
+
+
 def run_graders(folder, kit, timeout, exercise=""):
-    """Run all graders, or an exercise's -> (points earned, points that were graded, note): dicts of
-    exercises, and why the run did not end as it should, or ""."""
+    """Run all graders, or an exercise's -> ({"earned", "ran": {exercise: points}}, note). The first
+    is None if no grader could be collected; the note says why a run did not end as it should."""
     with tempfile.TemporaryDirectory() as scratch:
         copy, points = Path(scratch) / "kit", Path(scratch) / "points.json"
         shutil.copytree(kit, copy)
@@ -51,25 +54,29 @@ def run_graders(folder, kit, timeout, exercise=""):
                     os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.communicate()
+        if not points.exists():
+            return None, note or "no grader ran"
         try:
-            stored = json.loads(points.read_text(encoding="utf-8"))
-            return stored["earned"], stored["ran"], note
-        except (OSError, ValueError, LookupError, TypeError):
-            return {}, {}, note or "no grader ran"
+            return json.loads(points.read_text(encoding="utf-8")), note
+        except ValueError:
+            return NOTHING, "the file of points was damaged"
 
 
 def grade(folder, kit, possible, timeout):
-    """Return ({exercise: points}, note) of a submission. Where one exercise ends the process, or has
-    no end, each is run alone, so that it costs no other."""
+    """Return ({exercise: points}, note) of a submission. Where one exercise ends the process, or
+    has no end, each is run alone, so that it costs no other."""
     if not (folder / "lodisc.py").is_file():
         return {}, "no lodisc.py"
-    earned, ran, note = run_graders(folder, kit, timeout)
-    notes = [note] if note and not ran else []
-    if ran and ran != possible:
+    stored, note = run_graders(folder, kit, timeout)
+    if stored is None:
+        return {}, note
+    earned, notes = stored["earned"], []
+    if stored["ran"] != possible:
         for exercise in possible:
-            alone, ran, note = run_graders(folder, kit, timeout, exercise)
-            earned[exercise] = alone.get(exercise, 0)
-            if ran.get(exercise) != possible[exercise]:
+            alone, note = run_graders(folder, kit, timeout, exercise)
+            alone = alone or NOTHING
+            earned[exercise] = alone["earned"].get(exercise, 0)
+            if alone["ran"].get(exercise) != possible[exercise]:
                 notes.append(f"{exercise}: {note or 'ended early'}")
     return {name: min(earned.get(name, 0), possible[name]) for name in possible}, "; ".join(notes)
 

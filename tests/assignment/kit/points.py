@@ -18,10 +18,21 @@ def pytest_addoption(parser):
     parser.addoption("--points", help="a file for the points, as JSON")
 
 
-def pytest_collection_modifyitems(items):
+def write_points(config):
+    """Write the file of --points, at the start and after each grader: the next may have no end."""
+    path = config.getoption("--points")
+    if path:
+        part = Path(f"{path}.part")
+        part.write_text(json.dumps({"earned": EARNED, "ran": RAN}))
+        part.replace(path)
+
+
+def pytest_collection_modifyitems(config, items):
     """Leave out the graders of exercises that this kit has solved."""
     items[:] = [item for item in items
                 if exercise_of(item) in POSSIBLE and hasattr(item.function, "points")]
+    if items:  # lodisc.py could be imported
+        write_points(config)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -34,11 +45,7 @@ def pytest_runtest_makereport(item):
             EARNED[exercise_of(item)] += item.function.points
         if hasattr(report, "wasxfail"):
             HINTS.append(report.wasxfail.removeprefix("reason: "))
-        path = item.config.getoption("--points")
-        if path:  # after each, as the next may have no end
-            part = Path(f"{path}.part")
-            part.write_text(json.dumps({"earned": EARNED, "ran": RAN}))
-            part.replace(path)
+        write_points(item.config)
 
 
 def pytest_unconfigure(config):
