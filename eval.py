@@ -71,6 +71,11 @@ class RawPixels(torch.nn.Module):
         return F.adaptive_avg_pool2d(images, min(16, images.shape[-1])).flatten(1)
 
 
+def input_of(encoder):
+    """Return the Preprocessing of the images that an encoder expects."""
+    return Preprocessing(encoder.image_size, encoder.mean, encoder.std)
+
+
 def plain_loader(dataset, preprocessing, workers, items=Plain):
     """Return batches of (centre crops, classes), or of what else the class `items` makes of the
     images, by as many processes as shared memory has room."""
@@ -309,7 +314,7 @@ def location_masks(encoder, dataset, importance="product", keep_ratio=0.3, worke
                    choose=location_mask):
     """Return the location masks of a data set's centre crops, or what else the function `choose`
     keeps: bool (n, N)."""
-    preprocessing = Preprocessing(encoder.image_size, encoder.mean, encoder.std)
+    preprocessing = input_of(encoder)
     masks = []
     with naming_dead_workers():
         for images, _ in plain_loader(dataset, preprocessing, workers):
@@ -632,9 +637,14 @@ def read_data(args, config):
     """Load the data of the command line, or else of the run; it must have test images."""
     data = load_named(args, config)
     require(data.test is not None, data.note, UserError)
+    check_and_describe(data)
+    return data
+
+
+def check_and_describe(data):
+    """Raise UserError for broken image files; print what the data are."""
     check_headers(data)
     print(f"data: {data.describe()}")
-    return data
 
 
 def load_named(args, config):
@@ -692,7 +702,7 @@ def measure(args, encoder, config, device):
     name = "trained" if config else "published"
     if args.momentum:
         name = "momentum"
-    preprocessing = Preprocessing(encoder.image_size, encoder.mean, encoder.std)
+    preprocessing = input_of(encoder)
     rows = evaluate({name: encoder}, read_data(args, config), preprocessing, args.what, device,
                     args.workers, args.features)
     print(table(rows))
@@ -830,7 +840,7 @@ def draw_neighbours(args, encoder, config, device):
     if args.momentum:
         encoders = {("momentum" if name == "trained" else name): encoders[name]
                     for name in encoders}
-    preprocessing = Preprocessing(encoder.image_size, encoder.mean, encoder.std)
+    preprocessing = input_of(encoder)
     features = extract(encoders, dataset, preprocessing, device, args.workers, args.features)
     count = min(SHOWN, len(dataset))
     queries = [i * len(dataset) // count for i in range(count)]
@@ -854,8 +864,7 @@ def compared_images(args, config):
     """Return the data's test images, else all that have a class, if most have one, else all."""
     data = load_named(args, config)
     if data.test is not None:
-        check_headers(data)
-        print(f"data: {data.describe()}")
+        check_and_describe(data)
         return data.test
     gallery = load_gallery(args.data, args.data_root)
     labelled = [i for i, label in enumerate(gallery.targets) if label >= 0]
@@ -938,7 +947,7 @@ def extract_readable(encoder, gallery, device, workers, kind):
     """Return the features (n, D) of the images that can be read, and their indices; print the
     others and the progress. Raises UserError if there are none."""
     encoder = encoder.to(device).eval()
-    preprocessing = Preprocessing(encoder.image_size, encoder.mean, encoder.std)
+    preprocessing = input_of(encoder)
     features = torch.empty(len(gallery), encoder.sizes["dim"])
     rows, done = [], 0
     begun = said = time.monotonic()

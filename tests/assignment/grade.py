@@ -4,8 +4,8 @@
 
 A folder must have lodisc.py. Only that file is taken from it: the graders are fresh ones. A kit
 made with --exercises is graded with the same. A student's code runs with your rights: grade in a
-container what you would not run. It runs in the graders' process, so a file that means to can give itself
-points: look at those with all of them."""
+container what you would not run. It runs in the graders' process, so a file that means to can
+give itself points: look at those with all of them."""
 
 import argparse
 import csv
@@ -21,7 +21,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import make
-
 
 NOTHING = {"earned": {}, "ran": {}}
 

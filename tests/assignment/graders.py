@@ -566,8 +566,7 @@ def value_of(pair):
 
 def forward(method, generator=None, weights=(1.0, 1.0)):
     """Return the stub and the result of the student's forward."""
-    base = {"mocov3": lodisc.MoCoV3, "lodisc": lodisc.LoDisc}[method]
-    model = make_stub(base)
+    model = make_stub(lodisc.METHODS[method])
     model.global_weight, model.local_weight = weights
     try:
         output = model(*VIEWS, generator)
@@ -594,6 +593,12 @@ def check_pairs(model, loss, keys):
                          f"other's key; the keys are {' and '.join(keys)}")
 
 
+def check_passes(model, expected):
+    assert sorted(model.calls) == expected, \
+        f"expected one pass each of {', '.join(expected)}, got {', '.join(model.calls)}; in a " \
+        "common pass BatchNorm mixes the views"
+
+
 def check_gradients(output, model):
     assert output.total.requires_grad, "the total has no gradient; the queries need one"
     output.total.backward()
@@ -604,7 +609,7 @@ def check_gradients(output, model):
 
 
 def check_invalid_views(method):
-    model = make_stub({"mocov3": lodisc.MoCoV3, "lodisc": lodisc.LoDisc}[method])
+    model = make_stub(lodisc.METHODS[method])
     model.query = model.key = lambda view: view.flatten(1)
     model.key_and_mask = lambda view, generator=None: (view.flatten(1), CHOSEN[0])
     model.local_key = lambda view, mask: view.flatten(1)
@@ -635,9 +640,7 @@ def test_mocov3_total():
 @points(1)
 def test_mocov3_has_a_pass_of_its_own_for_each_view():
     model, _ = forward("mocov3")
-    assert sorted(model.calls) == ["k1", "k2", "q1", "q2"], \
-        f"expected one query and one key per view, got {', '.join(model.calls)}; in a common " \
-        "pass BatchNorm mixes the views"
+    check_passes(model, ["k1", "k2", "q1", "q2"])
 
 
 @points(2)
@@ -824,9 +827,7 @@ def test_lodisc_contrasts_pivotal_patches():
 @points(1)
 def test_lodisc_has_a_pass_of_its_own_for_each_view():
     model, _ = forward("lodisc")
-    assert sorted(model.calls) == ["k1", "k2", "l1", "l2", "q1", "q2"], \
-        f"expected a query, a key and a local key per view, got {', '.join(model.calls)}; in a " \
-        "common pass BatchNorm mixes the views"
+    check_passes(model, ["k1", "k2", "l1", "l2", "q1", "q2"])
     assert all(model.masks_fit), "the local key of a view needs what was kept of the same view"
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import Subset
 from torchvision.transforms import v2
 
 import eval as evaluation
-from data.augment import Preprocessing, cropped_maps, plain_crop
+from data.augment import cropped_maps, plain_crop
 from data.datasets import default_workers, shuffled_by_class
 from data.draw import example_indices, sheet
 from lodisc import UserError, require
@@ -131,7 +131,7 @@ def main(argv=None):
             f"{args.shots}", UserError)
     encoders = evaluation.compared_encoders(config, encoder)
     encoders["raw pixels"] = PatchPixels(encoder.patch_size)
-    preprocessing = Preprocessing(encoder.image_size, encoder.mean, encoder.std)
+    preprocessing = evaluation.input_of(encoder)
     rows = segment_parts(encoders, data, preprocessing, args.shots, device, args.workers)
     parts, last = data.test.parts, list(rows.values())[-1]["parts"]
     columns = {"mean IoU": ("parts", "mean_iou"), "± draws": ("parts", "std")}
