@@ -313,6 +313,15 @@ def pivotal_patches(model, examples, epoch):
     return [] if masks is None else [(epoch, masks.cpu())]
 
 
+def total_level(model, levels):
+    """Return the chance level of `MoCoV3`'s or `LoDisc`'s total, the weighted sum of its losses."""
+    total = 0.0
+    for name, level in levels.items():
+        weight = getattr(model, name.replace("loss", "weight"), 1.0)  # MoCoV3 has none
+        total += weight * level
+    return total
+
+
 # --- settings ---------------------------------------------------------------------------------
 
 
@@ -756,6 +765,8 @@ class Run:
         levels = {}
         if hasattr(self.model, "chance_levels"):
             levels = self.model.chance_levels(self.config["batch_size"])
+            if self.config["method"] in METHODS:  # one of your own may sum its losses otherwise
+                levels = {"total": total_level(self.model, levels), **levels}
             print("chance level: " + ", ".join(
                 f"{name} {level:.3f}" for name, level in levels.items()))
         return levels

@@ -94,6 +94,9 @@ DEFECTS = [Defect(*row) for row in [
     ("data/draw.py", "hits[row][column])", "hits[0][column])",
      "frames of the first query in all rows"),
     # --- train.py: retrieval among held-out images ----------------------------------------------
+    ("train.py", "total += weight * level", "total += level", "chance level of an unweighted sum"),
+    ("train.py", 'if self.config["method"] in METHODS:  # one', "if True:  # one",
+     "a chance level of another method's total"),
     ("train.py", "    model.train()  # extract has", "    # extract has",
      "trained in eval mode after the first epoch"),
     ("train.py", 'extract({"online": model.encoder},', 'extract({"online": model.momentum_encoder},',

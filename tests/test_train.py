@@ -28,7 +28,6 @@ def test_run_writes_checkpoint_metrics_and_results(flowers, capsys, quick_probe)
     train.main(["--data", str(flowers), *SMALL])
     folder = Path("runs/flowers-lodisc-1")
     printed = capsys.readouterr().out
-    assert f"chance level: global_loss {4 * 0.2 * math.log(12):.3f}, local_loss" in printed
     assert all(row in printed for row in ("raw pixels", "untrained", "trained", "mAP"))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config == torch.load(folder / "checkpoint.pt", weights_only=True)["config"]
@@ -139,6 +138,24 @@ def test_weights_depend_on_the_seed_but_not_on_workers(flowers, mask):
                     name])
     assert same(weights("0"), weights("1")) and same(weights("0"), weights("2"))
     assert not same(weights("0"), weights("other"))
+
+
+@pytest.mark.parametrize("options, weights_of_losses", [
+    ([], 2), (["--method", "mocov3"], 1), (["--global-weight", "0.5", "--local-weight", "2"], 2.5)])
+def test_chance_level_of_the_total_is_printed(flowers, capsys, options, weights_of_losses):
+    run = train.Run(["--data", str(flowers), *SMALL, *options, "--out", "run"])
+    run.prepare()
+    assert "total" in run.announce()
+    level = 4 * 0.2 * math.log(12)
+    assert (f"chance level: total {weights_of_losses * level:.3f}, global_loss {level:.3f}"
+            in capsys.readouterr().out)
+
+
+def test_no_chance_level_of_the_total_of_ones_own_method(flowers):
+    Path("own.py").write_text("from lodisc import LoDisc\n\n\nclass Own(LoDisc):\n    pass\n")
+    run = train.Run(["--data", str(flowers), *SMALL, "--method", "own.py:Own", "--out", "run"])
+    run.prepare()
+    assert list(run.announce()) == ["global_loss", "local_loss"]
 
 
 def chosen(*arguments, device="cpu", num_images=1088):
