@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 import train
-from lodisc import METHODS, LoDisc, MoCoV3, UserError, VisionTransformer, create_vit
+from lodisc import LoDisc, MoCoV3, UserError, VisionTransformer, create_vit
 
 
 @pytest.mark.parametrize("options", [

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import kept
 from data.augment import Plain, Preprocessing
@@ -79,11 +78,3 @@ def test_border_fractions(encoders, flowers, monkeypatch):
     assert fractions == {name: pytest.approx(0.625) for name in ("product", "rollout", "last")}
     assert [name for _, _, name in calls] == list(fractions)
     assert all(used is encoder and len(images) == 12 for used, images, _ in calls)
-
-
-def test_mosaic_has_the_mean_colour_of_every_patch():
-    image = Image.new("RGB", (8, 8), (0, 0, 0))
-    image.paste((200, 100, 40), (4, 0, 6, 4))  # half of the upper right patch
-    found = kept.mosaic(image, 4)
-    assert {found.getpixel((x, y)) for x in (0, 63) for y in (0, 127)} == {(0, 0, 0)}
-    assert {found.getpixel((x, y)) for x in (64, 127) for y in (0, 63)} == {(100, 50, 20)}

@@ -405,7 +405,7 @@ def test_initial_weights_are_evaluated_once(flowers, monkeypatch, capsys):
     assert len(tables.stored(str(flowers))) == 4
 
 
-def test_chart_is_of_the_benchmark_on_all_data_sets(monkeypatch):
+def test_chart_is_of_the_benchmark_on_all_data_sets(monkeypatch, capsys):
     seen = {}
     monkeypatch.setattr(tables, "HERE", Path("drawn"))
     monkeypatch.setattr(tables, "chart", lambda results: seen.update(results) or real(results))
@@ -425,6 +425,14 @@ def test_chart_is_of_the_benchmark_on_all_data_sets(monkeypatch):
         assert mean == pytest.approx((0.1 * place + 0.12) / 2)
         assert half == pytest.approx(0.127, 0.01)
     assert Image.open("drawn/pictures/results.png").width == 1200
+    monkeypatch.setattr(tables, "records_of", lambda data, options: {"identity": {
+        row: {5: {"metrics": metrics(0.3)}} for row in options} if data == "cub" else {
+        row: {} for row in options}})
+    tables.main(["chart"])
+    assert list(seen["mAP"]) == ["CUB-200-2011"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"left out: {title}, which has not all rows of benchmark"
+        for title in list(tables.CHART.values())[1:]]
 
 
 def test_bars_of_the_chart_have_their_height_and_interval():
@@ -497,19 +505,26 @@ def test_pretrained_table_has_both_features_and_both_intervals(flowers, monkeypa
     assert [row[1] for row in rows if row[0] == "| mocov3"] == ["3 4", "3"]
     assert [row[0] for row in rows].count("| lodisc") == 1
 
+    tables.main(["benchmark", *arguments, "--rows", "crop", "--seeds", "4"])
     monkeypatch.setattr(tables, "HERE", Path("drawn"))
     monkeypatch.delattr(train, "main")  # the runs are finished
     Path("drawn/pictures").mkdir(parents=True)
-    tables.main(["pictures", *arguments, "--seeds", "4"])
-    printed = [line.split(" product ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert printed == ["initial weights", "MoCo v3", "LoDisc"]
-    path, = Path("drawn").rglob("*.*")
-    page, step = Image.open(path).convert("RGB"), draw.TILE + draw.GAP
-    assert path.name == "kept_flowers.png" and page.height == 4 * step + draw.GAP
-    for x in range(draw.SHOWN):
-        left, top = draw.MARGIN + x * step, draw.GAP
-        box = (left, top, left + draw.TILE, top + draw.TILE)
-        assert len(page.crop(box).getcolors()) <= 4  # one colour for each of four patches
-        row = page.crop((left, top + 3 * step, left + draw.TILE, top + 3 * step + draw.TILE))
-        black = sum(count for count, colour in row.getcolors() if max(colour) < 8)
-        assert black == 0.75 * draw.TILE**2  # one patch is kept
+    capsys.readouterr()
+    for _ in range(2):
+        tables.main(["pictures", *arguments, "--seeds", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    printed = [line.split(" product ")[0] for line in lines if " product " in line]
+    assert printed == 2 * ["initial weights", "MoCo v3", "LoDisc", "LoDisc, box"]
+    crop, = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
+             if "crop" in json.loads(line)["name"])
+    for name, results in (("initial", crop["metrics"]["initial"]), ("trained", crop["metrics"])):
+        assert lines.count(f"{name}: rank-1 {results['retrieval']['rank1']:.3f}") == 2
+    assert {path.name for path in Path("drawn").rglob("*.*")} == {"kept_flowers.jpg",
+                                                                  "neighbours_flowers.jpg"}
+    page, step = np.asarray(Image.open("drawn/pictures/kept_flowers.jpg")), 256 + draw.GAP
+    assert page.shape == (5 * step + draw.GAP, draw.MARGIN + 4 * step, 3)
+    for y in range(5):
+        for x in range(4):
+            left, top = draw.MARGIN + x * step, draw.GAP + y * step
+            black = (page[top:top + 256, left:left + 256].max(-1) < 20).mean()
+            assert black == pytest.approx(0.75 if y else 0, abs=0.02)  # one of four patches is kept

@@ -2,11 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from data.augment import Plain
-from data.draw import TILE
 from eval import border_fraction, importance_of, retrieval
 from lodisc import IMPORTANCES, MASKS, location_mask, mask_pixels, patch_importance
 
@@ -73,9 +71,3 @@ def border_fractions(encoder, dataset, preprocessing, keep_ratio=0.3):
         for name in IMPORTANCES:
             masks[name].append(location_mask(importance_of(encoder, images, name), keep_ratio))
     return {name: border_fraction(torch.cat(batches)) for name, batches in masks.items()}
-
-
-def mosaic(image, patch_size):
-    """Paint every patch of a PIL image in its mean colour, so that no photograph is copied."""
-    side = image.width // patch_size
-    return image.resize((side, side), Image.BOX).resize((TILE, TILE), Image.NEAREST)

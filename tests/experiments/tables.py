@@ -47,9 +47,9 @@ from data.datasets import hash_images
 from data.draw import example_indices, sheet
 from chart import chart
 from figure import overview
-from kept import SHOWN, border_fractions, measure, mosaic
-from lodisc import (LoDisc, UserError, load_encoder, location_mask, mask_pixels, read_weights,
-                    require)
+from kept import SHOWN, border_fractions, measure
+from lodisc import (LoDisc, UserError, box_mask, load_encoder, location_mask, mask_pixels,
+                    read_weights, require)
 
 RUNS, STORE = Path("runs/experiments"), HERE / "results"
 MOCOV3, LOCAL, TWICE = ["--method", "mocov3"], ["--global-weight", "0"], ["--epochs", "twice"]
@@ -480,60 +480,66 @@ def markdown(rows, columns):
 # --- pictures ---------------------------------------------------------------------------------
 
 
-def draw_kept(data, encoders, config, mosaics=False):
-    """Return a sheet of test images and the patches that each encoder keeps of them. mosaics: of
-    eight images in mean colours, else of four."""
-    size, patch_size = config["image_size"], config["patch_size"]
+def draw_kept(data, encoders, config, tile, boxes=()):
+    """Return a sheet of four test images and the patches that each encoder keeps of them; of those
+    named in boxes, the box."""
     normalise = v2.Compose(to_tensor(config["mean"], config["std"]))
-    crop, indices = v2.Compose(plain_crop(size)), example_indices(data.test.targets)
-    if not mosaics:
-        indices = indices[::2]
-    images = [crop(data.test[i][0]) for i in indices]
-    shown = images
-    if mosaics:
-        shown = [mosaic(image, patch_size) for image in images]
-    rows, batch = {"image": (shown, None)}, torch.stack([normalise(image) for image in images])
+    crop = v2.Compose(plain_crop(config["image_size"]))
+    large = v2.Compose(plain_crop(max(tile, config["image_size"])))
+    indices = example_indices(data.test.targets)[::2]
+    shown = [large(data.test[i][0]) for i in indices]
+    batch = torch.stack([normalise(crop(data.test[i][0])) for i in indices])
+    rows = {"image": (shown, None)}
     for name, encoder in encoders.items():
         importance = evaluation.importance_of(encoder, batch, "product")
-        mask = location_mask(importance, config["keep_ratio"])
+        choose = box_mask if name in boxes else location_mask
+        mask = choose(importance, config["keep_ratio"])
         rows[f"{name}:\n{mask[0].sum()} of {mask.shape[1]}\npatches"] = shown, mask
-    return sheet(rows) if mosaics else sheet(rows, tile=180)
+    return sheet(rows, tile=tile)
 
 
 def pictures(data, seed, root=None, init=None, more_options=()):
-    """Draw pictures/: the overview figure of LoDisc's run on the drawn birds, kept patches beside
-    MoCo v3's; of runs from published weights, kept patches in mean colours, and print how many kept
-    patches lie on the image's border."""
-    folders = {}
-    for name, row in (("MoCo v3", "mocov3"), ("LoDisc", "lodisc")):
-        options = [*TABLES["methods"][row], *more_options]
-        folders[name], _ = run(data, options, seed, root, init)
+    """Draw pictures/: of the drawn birds LoDisc's run, its overview figure, and kept patches beside
+    MoCo v3's; from published weights, photographs: kept patches and nearest neighbours, and print
+    how many kept patches lie on the image's border."""
+    folders, table = {}, TABLES["benchmark" if init else "methods"]
+    for name, row in (("MoCo v3", "mocov3"), ("LoDisc", "lodisc"), ("LoDisc,\nbox", "crop")):
+        if row in table:
+            folders[name], _ = run(data, [*table[row], *more_options], seed, root, init)
     config = read_weights(folders["LoDisc"])["config"]
     images = train.load_data(config["data"], config["data_root"])
     encoders = {name: load_encoder(folder, use_momentum=True) for name, folder in folders.items()}
-    if init:
-        initial = load_encoder(init, config["init_momentum"], config["image_size"])
-        encoders = {"initial\nweights": initial, **encoders}
-        for name, encoder in encoders.items():
-            fractions = border_fractions(encoder, images.test, train.preprocessing_of(config),
-                                         config["keep_ratio"])
-            cells = [f"{importance} {value:.3f}" for importance, value in fractions.items()]
-            print(name.replace("\n", " "), *cells)
-        pages = {f"kept_{Path(data).name}": draw_kept(images, encoders, config, mosaics=True)}
-    else:
-        pages = {"masks": draw_kept(images, encoders, config),
-                 "method": overview(folders["LoDisc"], images.train)}
-    for name, page in pages.items():
-        page.quantize(128).save(HERE / "pictures" / f"{name}.png", optimize=True)
+    drawn = HERE / "pictures"
+    if not init:
+        for name, page in (("masks", draw_kept(images, encoders, config, tile=180)),
+                           ("method", overview(folders["LoDisc"], images.train))):
+            page.quantize(128).save(drawn / f"{name}.png", optimize=True)
+        shutil.copy(folders["LoDisc"] / "run.png", drawn)
+        return
+    initial = load_encoder(init, config["init_momentum"], config["image_size"])
+    encoders = {"initial\nweights": initial, **encoders}
+    for name, encoder in encoders.items():
+        fractions = border_fractions(encoder, images.test, train.preprocessing_of(config),
+                                     config["keep_ratio"])
+        cells = [f"{importance} {value:.3f}" for importance, value in fractions.items()]
+        print(name.replace("\n", " "), *cells)
+    page = draw_kept(images, encoders, config, tile=256, boxes=["LoDisc,\nbox"])
+    evaluation.save_picture(page, drawn / f"kept_{Path(data).name}.jpg")
+    path = drawn / f"neighbours_{Path(data).name}.jpg"
+    path.unlink(missing_ok=True)  # eval.py does not overwrite
+    evaluation.main(["neighbours", str(folders["LoDisc,\nbox"]), "--out", str(path)])
 
 
 def draw_chart(more_options):
-    """Draw pictures/results.png: rank-1 and mAP of the "benchmark" runs on the test images."""
+    """Draw pictures/results.png: rank-1 and mAP of the "benchmark" runs on the test images, of the
+    data sets that have all rows."""
     results = {"rank-1": {}, "mAP": {}}
     for data, title in CHART.items():
         options = {row: words + more_options for row, words in TABLES["benchmark"].items()}
         whole = [rows for rows in records_of(data, options).values() if all(rows.values())]
-        require(whole, f"not all rows of benchmark are stored for {data}", UserError)
+        if not whole:
+            print(f"left out: {title}, which has not all rows of benchmark")
+            continue
         rows = whole[-1]
         runs = {"initial weights": [record["metrics"]["initial"] for record in
                                     rows["mocov3"].values()]}
@@ -544,6 +550,7 @@ def draw_chart(more_options):
             bars = results[metric][title] = {}
             for name, runs_of_name in runs.items():
                 bars[name] = mean_and_half([run[part][key] for run in runs_of_name])
+    require(results["mAP"], "no data set has all rows of benchmark", UserError)
     evaluation.save_picture(chart(results).quantize(64), HERE / "pictures" / "results.png")
 
 
