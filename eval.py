@@ -77,8 +77,8 @@ def input_of(encoder):
 
 
 def plain_loader(dataset, preprocessing, workers, items=Plain):
-    """Return batches of (centre crops, classes), or of what else the class `items` makes of the
-    images, by as many processes as shared memory has room."""
+    """Return a DataLoader of (centre crops, labels), or of what the Dataset class `items` returns,
+    with as many workers as fit in shared memory."""
     workers = fitting_workers(workers, BATCH * 3 * preprocessing.crop**2 * 4)
     return DataLoader(items(dataset, preprocessing), BATCH, num_workers=workers,
                       generator=torch.Generator())  # so that it does not draw from torch's
@@ -86,7 +86,7 @@ def plain_loader(dataset, preprocessing, workers, items=Plain):
 
 def encode(encoder, images, kind):
     """Return features (B, D): kind "class", the class token; "mean", the mean of the patch tokens;
-    or "patches", these, (B, N, D)."""
+    or "patches", the patch tokens, (B, N, D)."""
     is_raw = isinstance(encoder, RawPixels)  # which has no class token to compare with
     if kind == "class" or (kind == "mean" and is_raw):
         return encoder(images)
@@ -365,7 +365,7 @@ def write_whole(path, write):
         with open(part, "xb") as file:
             write(file)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # of a full disk torch.save raises RuntimeError
+    except (OSError, RuntimeError) as error:  # on a full disk torch.save raises RuntimeError
         if isinstance(error.__context__, KeyboardInterrupt):  # which torch.save replaces
             raise error.__context__ from None
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -556,8 +556,8 @@ def save_maps(folder, maps, dataset):
 def read_maps(folder, dataset):
     """Return the maps in a run's folder; raise UserError if there are none of this data set."""
     path = folder / "maps.pt"
-    require(path.exists(), f"{path} is missing; it holds what the initial weights saw in the "
-            "training images, and cannot be made again: copy it back, or start a new run",
+    require(path.exists(), f"{path} is missing; it has the maps made by the initial "
+            "weights and cannot be regenerated: copy it back, or start a new run",
             UserError)
     stored = read_weights(path)
     require(stored.get("images") == hash_images(dataset), f"{path} is of images with other names "
@@ -576,21 +576,22 @@ def parse_args(argv=None):
     add("checkpoint", type=lambda text: Path(weights_file(text)),
         help=f"a run's folder, its checkpoint.pt, published weights, or {', '.join(WEIGHTS)}")
     add("images", nargs="*", type=Path, default=[],
-        help="masks, embed: image files in place of eight, or of all images, of the data set")
+        help="masks, embed: image files, instead of images of the data set")
     add("--data", help="a data set by name, or a folder; default: the run's")
     add("--data-root", help="folder of the named data sets; default: the run's")
-    add("--features", choices=["class", "mean"], default="class", help="token, or mean of patches")
+    add("--features", choices=["class", "mean"], default="class",
+        help="class token, or mean patch token")
     add("--method", help="masks: FILE.py:CLASS of a run whose method file has moved")
     add("--image-size", type=int, help="for published weights (default: about 98, on a GPU 224)")
-    add("--heads", type=int, help="of published weights that do not state them")
-    add("--normalise", choices=NORMALISATIONS, help="mean and std of the images likewise")
+    add("--heads", type=int, help="attention heads, if the weights do not state them")
+    add("--normalise", choices=NORMALISATIONS, help="mean and std of the images, likewise")
     add("--momentum", action="store_true", help="take the momentum encoder, as a run's masks do")
     add("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if any)")
     add("--workers", type=int, default=default_workers(),
-        help="loading processes; 0: none (default: one per processor, here %(default)s)")
+        help="DataLoader workers; 0: none (default: one per processor, here %(default)s)")
     add("--out", type=Path, help="a new file; default: in the run's folder, or the current one; "
         "embed: .npz (default) or .csv")
-    return parser.parse_intermixed_args(argv)  # image files may stand behind options
+    return parser.parse_intermixed_args(argv)  # image files may follow options
 
 
 def pick_device(name):
@@ -661,7 +662,7 @@ def name_data(args, config):
     args.data = config["data"] if args.data is None else data_name(args.data)
     args.data_root = os.path.expanduser(args.data_root or config.get("data_root", "datasets"))
     if config.get("held_out") and args.data != config["data"]:
-        print(f"the run holds out images of {config['data']}; of {args.data} none is held out")
+        print(f"the run holds out images of {config['data']}; none of {args.data}")
 
 
 def run_folder(args):
@@ -693,7 +694,7 @@ def output_path(args, config, name):
     if config and args.what not in ("embed", "export") and not args.out:
         is_new = True  # replaces the run's picture of an earlier call
     require(path.parent.is_dir(), f"--out {path}: there is no folder {path.parent}", UserError)
-    require(is_new, f"{path} is there already: move it, or give another --out FILE", UserError)
+    require(is_new, f"{path} already exists: move it, or give another --out FILE", UserError)
     return path
 
 
@@ -760,9 +761,9 @@ def map_page(model, dataset, maps):
 
 
 def draw_masks(args, encoder, config, device):
-    """Draw the pivotal patches of the momentum encoder, those that the run's method shows; of a run
-    with maps, these on training images. For data with regions, print and save where the patches of
-    all test images lie."""
+    """Draw the momentum encoder's pivotal patches, as the run's method returns them, or the
+    run's maps on training images. For data with regions, print and save where the patches of all test images
+    lie."""
     path = output_path(args, config, "masks.png")
     picture_format(path)  # before it is drawn
     model = load_masks_model(args, encoder, config).to(device).eval()
@@ -814,8 +815,8 @@ def attention_page(model, config, images, dataset=None):
 
 
 def place_notes(masks, cover=None):
-    """Return the notes of `sheet`: which fraction of each image's kept patches, bool (n, N), is on
-    the border and, unless None, how much of them the object covers (n, N); beside all patches'."""
+    """Return the notes of `sheet`: per image, the fraction of kept patches (masks: bool (n, N)) on
+    the border and, given cover (n, N), on the object, each with its chance level."""
     chance = border_fraction(torch.ones_like(masks))
     borders = [border_fraction(mask[None]) for mask in masks]
     print(f"border fraction of the drawn images {sum(borders) / len(borders):.2f} (chance level "
@@ -1006,12 +1007,12 @@ def main(argv=None):
 
 def exit_with_line(program, error):
     """Print a user's mistake in one line and exit with 2."""
-    text = str(error).rpartition("\nlodisc.UserError: ")[2]  # a loading process adds its traceback
+    text = str(error).rpartition("\nlodisc.UserError: ")[2]  # a worker adds its traceback
     print(f"{program}:", *text.splitlines(), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     for process in torch.multiprocessing.active_children():
-        process.terminate()  # loading processes would end seconds later, with the pipes open
+        process.terminate()  # DataLoader workers would end seconds later, with the pipes open
     os._exit(2)  # sys.exit would wait for them
 
 

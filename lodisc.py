@@ -56,7 +56,7 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
 class Attention(nn.Module):
-    """Multi-head self-attention; its weights, if asked for, are made beside the fused kernel."""
+    """Multi-head self-attention; its weights, if requested, are computed separately."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -112,7 +112,7 @@ class PatchEmbed(nn.Module):
 
 def sincos_positions(side: int, dim: int) -> Tensor:
     """Return fixed 2-D sine-cosine positions (1, 1 + side * side, dim), float32.
-    Zeros for the class token, then patches, row by row. A quarter of the channels each is
+    Zeros for the class token, then patches, row by row. One quarter of the channels each:
     sin(row * w), cos(row * w), sin(column * w), cos(column * w); row and column count from 0;
     w_i = 10000 ** -(i / (dim / 4)), i = 0 to dim / 4 - 1. Source: MoCo v3, section 4.4."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
@@ -168,7 +168,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images, keep=None):
         """images (B, 3, H, W), normalised -> features (B, D). RuntimeError for another size.
-        keep: indices of the patches that enter, int64 (B, k), by default all; N below is then k."""
+        keep: indices of the patches to encode, int64 (B, k), by default all; then N = k."""
         return self.encode(images, keep, class_only=True)[0]
 
     def tokens(self, images, keep=None):
@@ -213,7 +213,7 @@ def attention_product(attentions: list[Tensor], patches=None) -> Tensor:
     """The paper's importance: the class token's attention multiplied elementwise over all layers.
     attentions: rows (B, N) of each layer, the mean over heads -> (B, N), the LOG of the product,
     which does not underflow: 1e-4 in each of 12 layers is 1e-48. Weights below
-    torch.finfo(torch.float32).tiny count as that: no logarithm is infinite. patches: unused."""
+    torch.finfo(torch.float32).tiny are clamped to it: no logarithm is infinite. patches: unused."""
     tiny = torch.finfo(torch.float32).tiny
     return torch.stack([row.clamp_min(tiny).log() for row in attentions]).sum(dim=0)
 
@@ -224,7 +224,7 @@ def kept_count(num_patches: int, keep_ratio: float) -> int:
 
 def location_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     """Keep the most important patches of every image: (B, N) -> bool (B, N), True = kept, exactly
-    `kept_count` per row; of equal values the lower index first. generator: for other masks."""
+    `kept_count` per row; ties go to the lower index. generator: for other masks."""
     k = kept_count(importance.shape[1], keep_ratio)
     order = importance.argsort(dim=1, descending=True, stable=True)  # (B, N)
     return torch.zeros_like(importance, dtype=torch.bool).scatter_(1, order[:, :k], True)
@@ -238,7 +238,7 @@ def mask_pixels(images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
 
 def box_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     """Keep the square box, of about keep_ratio of the patches, with the greatest sum of importance;
-    of equal sums the upper, then the left; else as `location_mask`. Ours, for "crop"."""
+    ties: the upper, then the left; else as `location_mask`. Ours, for "crop"."""
     grid = importance.unflatten(1, (math.isqrt(importance.shape[1]), -1))  # (B, rows, columns)
     box = max(1, round(math.sqrt(keep_ratio * importance.shape[1])))  # patches per side
     scores = F.avg_pool2d(grid, box, stride=1)  # of each place, (B, down, across)
@@ -313,7 +313,7 @@ def patch_importance(encoder, images, name) -> tuple[Tensor, Tensor]:
 
 # --- 4. MoCo v3: heads, momentum encoder f_k, contrastive loss -------------------------------
 def projector(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """MoCo v3's three-layer head: (B, in_dim) -> (B, out_dim), without biases and, after SimCLR,
+    """MoCo v3's three-layer head: (B, in_dim) -> (B, out_dim), without biases and, as in SimCLR,
     without affine in the last BatchNorm. BatchNorm needs two or more images."""
     return nn.Sequential(
         nn.Linear(in_dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(),
@@ -328,7 +328,7 @@ def predictor(dim: int, hidden_dim: int) -> nn.Sequential:
 
 @torch.no_grad()
 def momentum_update(online: nn.Module, momentum: nn.Module, m: float) -> None:
-    """EMA, in place: momentum <- m * momentum + (1 - m) * online. Not of BatchNorm's statistics."""
+    """EMA, in place: momentum <- m * momentum + (1 - m) * online. Not of BatchNorm's buffers."""
     for old, new in zip(momentum.parameters(), online.parameters(), strict=True):
         old.lerp_(new, 1 - m)  # equal weights stay equal to the last bit
 
@@ -470,7 +470,7 @@ class LoDisc(MoCoV3):
     def forward(self, view1, view2, generator=None, progress=0.0):
         """As `MoCoV3.forward`, by one `key_and_mask` per view, view 1 first -> LoDiscOutput:
         global_loss; local_loss, the same with `local_key` of the OTHER view and that view's mask;
-        total, their sum by global_weight and local_weight; masks. generator (CPU): for random."""
+        total, weighted by global_weight and local_weight; masks. generator (CPU): for random."""
         check_views(view1, view2)
         q1, q2 = self.query(view1), self.query(view2)
         with torch.no_grad():  # stop-gradient
@@ -533,7 +533,7 @@ CONFIG_NAMES = {  # ours: those in a config of Hugging Face, timm or this projec
     **{name: name for name in ("use_swiglu_ffn", "architecture", "do_normalize", "do_rescale")}}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "I32": torch.int32,
           "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
-HARMLESS = [  # types beside the tensors of published files: reading them runs no code
+HARMLESS = [  # non-tensor types in published files: loading them runs no code
     argparse.Namespace, (lambda *factory: {}, "collections.defaultdict"), int, float, list, dict,
     np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
     *((np.float64(0).__reduce__()[0], f"numpy.{m}.multiarray.scalar") for m in ("core", "_core")),
@@ -556,7 +556,7 @@ def read_weights(path) -> dict:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"contains {unsafe[1]}, which could run code" if unsafe else "cannot be read"
         raise UserError(f"{files[0]} {reason}; expected tensors that torch.save or safetensors "
-                        "wrote; of a model: torch.save(model.state_dict(), FILE)") from None
+                        "wrote; for a model: torch.save(model.state_dict(), FILE)") from None
 
 def read_safetensors(data: bytes) -> dict[str, Tensor]:
     """Decode a safetensors file: the header's length in 8 bytes, the header, JSON, the tensors."""
@@ -572,8 +572,8 @@ def read_safetensors(data: bytes) -> dict[str, Tensor]:
     return tensors
 
 def settle_facts(path, config, given, usual, expected):
-    """Return {fact: value}, {fact: origin}: as a file's config states, without heads in it those
-    beside the file; else given, else usual. ValueError if that contradicts what is expected."""
+    """Return {fact: value}, {fact: origin}: from the file's config or, if it lacks heads, configs
+    beside it; else given, else usual. ValueError if a config contradicts given or expected."""
     folder = path if os.path.isdir(path) else path.parent
     if not config.keys() & CONFIG_NAMES["heads"].split():  # of something else
         config = {}
@@ -590,7 +590,7 @@ def settle_facts(path, config, given, usual, expected):
         require(np.array_equal(stated.get(name, value), value),
                 f"it states {name} {stated.get(name)}, expected {value}")
     unlike = re.findall(r"rope|quickgelu|mlp\.w\w*", f"{stated} {expected['tensors']}")
-    require(not unlike, f"{unlike[:1]}, so it has rotary positions, QuickGELU or SwiGLU")
+    require(not unlike, f"{unlike[:1]}: rotary positions, QuickGELU, SwiGLU are unsupported")
     facts = {**usual, **given, **stated}
     require(type(facts["heads"]) is int, f"the number of heads of width {expected['width']} is "
             f"unknown: give --heads (stated: {stated.get('heads')!r})")
@@ -622,8 +622,8 @@ def merge_tensors(state):
         state[layer + ".bias"] = scale * state[layer + ".bias"]
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
-    """Interpolate (1, 1 + n * n, D) to (1, 1 + side * side, D): bicubic, antialiased. The class
-    token's is zero if it is missing: (1, n * n, D), DeiT III. Without a grid nothing changes."""
+    """Interpolate (1, 1 + n * n, D) to (1, 1 + side * side, D): bicubic, antialiased. A missing
+    class token's is set to zero: (1, n * n, D), DeiT III. Other shapes stay unchanged."""
     n = math.isqrt(positions.shape[1])
     if n * n == positions.shape[1]:
         positions = F.pad(positions, (0, 0, 1, 0))

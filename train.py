@@ -132,7 +132,7 @@ def train(model, config, data, folder, device, checkpoint=None, rank=0, processe
 
 def train_step(model, parallel, optimizer, scaler, precision, views, generator, progress, m,
                maps=()):
-    """One step of the algorithm -> (the method's output, whether the fp16 scaler skipped it).
+    """Run one training step -> (the method's output, whether the fp16 scaler skipped it).
 
     maps: of both views, for a method that has them.
 
@@ -152,7 +152,7 @@ def train_step(model, parallel, optimizer, scaler, precision, views, generator, 
 
 
 def learning_rate(step, warmup, total, peak):
-    """Linear rise over the warm-up steps, then half a cosine down to 0 (MoCo v3)."""
+    """Return the rate: linear warm-up, then half a cosine down to 0 (MoCo v3)."""
     if step < warmup:
         return peak * step / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
@@ -202,8 +202,8 @@ class Log:
             self.sums /= dist.get_world_size()
         row, weights = self.row(), model.state_dict().values()
         if self.skipped == self.steps:
-            self.stop(f"float16 overflowed in every step of epoch {row['epoch']}, so that none "
-                      "changed a weight: give --amp bf16 or off")
+            self.stop(f"float16 overflowed in every step of epoch {row['epoch']}, so no weight "
+                      "was updated: give --amp bf16 or off")
         for what, tensors in (("loss", [self.sums]), ("model", weights)):
             if not all(bool(tensor.isfinite().all()) for tensor in tensors):
                 self.stop(f"the {what} is not finite after step {row['step']}, learning rate "
@@ -328,8 +328,8 @@ def total_level(model, levels):
 def parse_args(argv=None):
     """Return (settings given on the command line, defaults of all settings)."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog="Default None: by the recipe of the data, the "
-        "device and --init, see README.md.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=__doc__.split("\n")[0], epilog="Default None: chosen by the data, the device "
+        "and --init, see README.md.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", type=data_name, default="synthetic", help=f"{', '.join(NAMES)}, or a folder")
     add("--data-root", type=absolute, default=absolute("datasets"),
@@ -350,8 +350,8 @@ def parse_args(argv=None):
     add("--global-weight", type=float, default=1.0, help="weight of the global loss; authors: 1")
     add("--local-weight", type=float, default=1.0, help="weight of the local loss; authors: 1")
     add("--temperature", type=float, default=0.2, help="softmax temperature; authors: 0.2")
-    add("--hidden-dim", type=int, help="hidden width of the heads; 4096, vit_nano: 512")
-    add("--output-dim", type=int, help="output width of the heads; 256, vit_nano: 128")
+    add("--hidden-dim", type=int, help="hidden width of the MLP heads; 4096, vit_nano: 512")
+    add("--output-dim", type=int, help="output width of the MLP heads; 256, vit_nano: 128")
 
     add("--arch", choices=ARCHITECTURES, help="encoder; authors: vit_base")
     add("--image-size", type=int, help="pixels per side; authors: 224")
@@ -359,7 +359,7 @@ def parse_args(argv=None):
     add("--init", type=absolute, default="none",
         help=f"weights file, or {', '.join(WEIGHTS)} (untested); authors: imagenet")
     add("--init-momentum", action="store_true", help="the file's momentum (or teacher's) encoder")
-    add("--heads", type=int, help="of --init, if it does not state them; default: by its width")
+    add("--heads", type=int, help="attention heads of --init, if not stated; default: by its width")
     add("--normalise", choices=NORMALISATIONS,
         help="mean and std of the images for --init, if it does not state them; default: imagenet")
 
@@ -369,7 +369,7 @@ def parse_args(argv=None):
     add("--lr", type=float,
         help="the heads' peak learning rate per 256 images; authors: 1e-3 in an older README")
     add("--encoder-lr", type=float,
-        help="the encoder's peak at any batch size; from scratch the heads'")
+        help="the encoder's peak learning rate at any batch size; from scratch the heads'")
     add("--weight-decay", type=float, default=0.1, help="AdamW's; MoCo v3: 0.1; authors: 0.5")
     add("--momentum", type=float,
         help="EMA momentum at the start, 1 at the end; authors: 0.99")
@@ -378,7 +378,7 @@ def parse_args(argv=None):
 
     add("--seed", type=int, default=0, help="seed of weights, order, augmentation, random masks")
     add("--workers", type=int, default=default_workers(),
-        help="loading processes of each rank; 0: none")
+        help="DataLoader workers of each rank; 0: none")
     add("--device", default="auto", help="cuda, mps or cpu; auto: the accelerator, if any")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="auto: bf16 (or fp16) on CUDA, and bf16 on CPUs that have it in hardware, except for "
@@ -761,11 +761,11 @@ class Run:
         print("{method} on {num_images} images of {data}, {arch} at {image_size} px,".format(
             **self.config), f"on {self.device} x {self.processes}, into {self.folder}")
         if self.data.test is None:
-            print(f"will not be evaluated: {self.data.note}")
+            print(f"evaluation skipped: {self.data.note}")
         levels = {}
         if hasattr(self.model, "chance_levels"):
             levels = self.model.chance_levels(self.config["batch_size"])
-            if self.config["method"] in METHODS:  # one of your own may sum its losses otherwise
+            if self.config["method"] in METHODS:  # a custom method may sum differently
                 levels = {"total": total_level(self.model, levels), **levels}
             print("chance level: " + ", ".join(
                 f"{name} {level:.3f}" for name, level in levels.items()))
@@ -814,12 +814,12 @@ def main(argv=None):
         run.clean_up()
         lost = re.search("by peer|Connection reset|Broken pipe", str(error))
         if run.processes > 1 and isinstance(error, RuntimeError) and lost:
-            raise UserError(f"rank {run.rank} ends, as it lost another process") from None
+            raise UserError(f"rank {run.rank} stops: another process died") from None
         raise
 
 
 if __name__ == "__main__":
-    gc.freeze()  # collections need not walk the imported modules, here and in loading processes
+    gc.freeze()  # collections need not walk the imported modules, here and in DataLoader workers
     try:
         main()
     except UserError as error:

@@ -53,7 +53,7 @@ def to_tensor(mean, std):
 
 
 class Blur(v2.Transform):
-    """Gaussian blur by Pillow, faster than torchvision's; sigma drawn between two, in px."""
+    """Gaussian blur by Pillow, faster than torchvision's; sigma drawn from a range, in px."""
 
     def __init__(self, low, high):
         super().__init__()

@@ -133,8 +133,8 @@ def eight_bits(image, path):
     if is_16_bit:
         SIXTEEN_BIT["greatest"] = max(SIXTEEN_BIT["greatest"], int(high))
         return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
-    require(0 <= low <= high <= 255, f"{printable(path)} has values from {low:g} to {high:g}; of "
-            "float and 32-bit images they must lie in [0, 1] or [0, 255]: convert it, by numpy: "
+    require(0 <= low <= high <= 255, f"{printable(path)} has values from {low:g} to {high:g}; "
+            "float and 32-bit values must lie in [0, 1] or [0, 255]: convert it, by numpy: "
             "Image.fromarray(((a - a.min()) / np.ptp(a) * 255).astype('uint8'))", UserError)
     scale = 255 if high <= 1 else 1
     return Image.fromarray((values * scale).round().astype(np.uint8))
@@ -144,7 +144,7 @@ class Cache:
     """open_image, keeping decoded images: decoding costs about as much as the augmentation.
 
     Every process keeps images until they fill its share of CACHE, and opens the others anew. A
-    loading process that was forked starts with what the main process had."""
+    DataLoader worker that was forked starts with what the main process had."""
 
     def __init__(self):
         self.images, self.size = {}, 0  # bytes
@@ -161,7 +161,7 @@ class Cache:
 
     @staticmethod
     def limit():
-        """Return this process's share: of all ranks here, each with its loading processes."""
+        """Return this process's share: of all ranks here, each with its DataLoader workers."""
         worker = get_worker_info()
         processes = 1 if worker is None else 1 + worker.num_workers
         return CACHE // (processes * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -193,35 +193,35 @@ def cgroup_quota(root):
 
 
 def default_workers():
-    """Return how many loading processes a rank has: its part of the processors, at most 8."""
+    """Return how many DataLoader workers a rank has: its part of the processors, at most 8."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
     return min(8, max(1, available_cpus() // ranks))
 
 
 def fitting_workers(workers, batch_bytes, folder="/dev/shm"):
-    """Return how many loading processes, `workers` at most, have room for their batches in shared
+    """Return how many DataLoader workers, `workers` at most, have room for their batches in shared
     memory, with two batches in advance for each: Docker gives 64 MB."""
     if not workers or not Path(folder).is_dir():
         return workers
     batches = shutil.disk_usage(folder).free // batch_bytes
     fitting = max(0, min(workers, (batches - 1) // 2))
     if fitting < workers:
-        print(f"{fitting} loading processes in place of {workers}, as {folder} has room for only "
+        print(f"{fitting} DataLoader workers in place of {workers}, as {folder} has room for only "
               f"{batches} batches (in Docker: --shm-size=1g)")
     return fitting
 
 
 @contextmanager
 def naming_dead_workers():
-    """Turn the death of a loading process, whenever torch reports it, into a UserError."""
+    """Turn the death of a DataLoader worker, whenever torch reports it, into a UserError."""
     try:
         yield
     except RuntimeError as error:
         if not re.search(r"DataLoader worker \(pid|shared memory\(shm\)", str(error)):
             raise
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"a loading process died ({reason}); if /dev/shm is too small, as Docker's "
-                        "64 MB are, give --workers 0 or start the container with --shm-size=1g"
+        raise UserError(f"a DataLoader worker died ({reason}); if /dev/shm is too small, as "
+                        "Docker's 64 MB are, give --workers 0 or start the container with --shm-size=1g"
                         ) from None
 
 
@@ -350,8 +350,8 @@ def require_images(root):
 def load_folder(root):
     """Read a folder of images by the rule in data/README.md.
 
-    With train/ and test/ (or val/) that have class folders: trained on and evaluated. Else trained
-    on, and the note says what the evaluation lacks; class folders serve --held-out."""
+    With class folders in train/ and in test/ (or val/), the latter is for evaluation. Else all is
+    for training, and the note says what evaluation lacks; --held-out needs class folders."""
     images, left_out = require_images(root)
     root, splits = find_splits(Path(root), images, left_out)
     classes = {}
@@ -404,8 +404,8 @@ class Gallery(Dataset):
 
 
 def folder_gallery(root):
-    """Return the Gallery of a folder: the images of all splits. Classes are numbered as in the
-    training, those that only other splits have after these; images beside them have none."""
+    """Return the Gallery of a folder: the images of all splits. Classes of the training split
+    come first, then those of other splits; images outside class folders have label -1."""
     images, left_out = require_images(root)
     top, splits = find_splits(Path(root), images, Counter())
     class_of, names = {}, {}  # path: class; split: its classes
@@ -487,7 +487,7 @@ def check_headers(data):
     begun = time.monotonic()
     deep, broken = read_headers(paths)
     if broken:
-        others = f"; so are {len(broken) - 1} other files" if len(broken) > 1 else ""
+        others = f"; {len(broken) - 1} more cannot be read" if len(broken) > 1 else ""
         raise UserError(f"{broken[0]}{others}")
     say_if_dark(deep)
     seconds = time.monotonic() - begun

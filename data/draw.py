@@ -223,7 +223,7 @@ def run_sheet(history, levels, metrics, images, film):
     """Draw a run: losses, metrics before and after, masks over time; 1,200 px wide.
 
     history  a row per epoch, as in metrics.csv; its losses are drawn, or else the total, and
-             retrieval among held-out images, if there is
+             retrieval among held-out images, if present
     levels   {loss: chance level}, dashed
     metrics  {"raw pixels", "untrained" or "initial", "trained": {metric: value}}, or none of them
     images   n PIL images of one size; film: [(epoch, masks (n, N))], up to eight of them drawn; if

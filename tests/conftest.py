@@ -23,7 +23,7 @@ settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
-# how long a DataLoader waits for a loading process that ends late; 5 s by default
+# how long a DataLoader waits for a DataLoader worker that ends late; 5 s by default
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
 
 

@@ -549,7 +549,7 @@ def test_pages_of_the_kit_are_filled_in(kit):
     assert "| total | | 100 |" in page and "-k attention" in page
     assert not re.search(r"\b(ROWS|FIRST|TOTAL|LOSSES)\b", page)
     method = (kit / "METHOD.md").read_text(encoding="utf-8")
-    assert "method.png" in method and "Pitfall" in method and "chance level" in method
+    assert "method.png" in method and "pitfall" in method and "chance level" in method
     questions = (kit / "questions.md").read_text(encoding="utf-8")
     assert re.findall(r"^(\d+)\.", questions, re.M) == [str(n) for n in range(1, 12)]
 

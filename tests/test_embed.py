@@ -196,9 +196,9 @@ def test_image_files_are_embedded_by_their_own_names(weights_here, flowers):
 
 @pytest.mark.parametrize("words, message", [
     (["--data", "flowers", "--out", "f.txt"], "f.txt: expected the ending .npz or .csv"),
-    (["--data", "flowers", "--out", "there.csv"], "there.csv is there already: move it"),
+    (["--data", "flowers", "--out", "there.csv"], "there.csv already exists: move it"),
     (["--data", "flowers", "--out", "no/f.csv"], "there is no folder no"),
-    (["--data", "flowers", "--out", "dangling.csv"], "dangling.csv is there already"),
+    (["--data", "flowers", "--out", "dangling.csv"], "dangling.csv already exists"),
     (["--data", "flowers", "--out", "/proc/f.csv"], "could not be written"),
     (["test.jpg", "nope.jpg"], "nope.jpg: no such file"),
     (["flowers"], "flowers is a folder: give it by --data"),
@@ -225,7 +225,7 @@ def test_a_runs_features_go_to_its_folder_once(few_birds, elsewhere, quick_probe
     evaluation.main(words)
     before = (run / "features.npz").read_bytes()
     assert len(np.load(run / "features.npz")["paths"]) == 48  # by default its own data
-    with pytest.raises(UserError, match="features.npz is there already"):
+    with pytest.raises(UserError, match="features.npz already exists"):
         evaluation.main(words)
     assert (run / "features.npz").read_bytes() == before
 

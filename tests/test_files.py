@@ -194,7 +194,7 @@ def test_export_on_a_full_disk_leaves_nothing():
     "no such file: a\nb", "Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n"
     "  File ...\nlodisc.UserError: no such file: a b"])
 def test_mistake_is_printed_in_one_line(monkeypatch, capsys, text):
-    """Also of a path with a line break, and of a loading process."""
+    """Also of a path with a line break, and of a DataLoader worker."""
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     evaluation.exit_with_line("eval.py", UserError(text))
@@ -305,7 +305,7 @@ def test_failed_resume_keeps_the_folder(contents):
 
 
 class Dies(torch.utils.data.Dataset):
-    """Ends its loading process as the kernel does when /dev/shm is full."""
+    """Ends its DataLoader worker as the kernel does when /dev/shm is full."""
 
     def __len__(self):
         return 4

@@ -189,7 +189,7 @@ def test_broken_file_is_one_line_before_the_first_step(flowers, tmp_path, monkey
 def test_broken_files_are_counted(flowers):
     for i in range(3):
         (flowers / "test" / "class 0" / f"x{i}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"x0\.jpg is not a readable .*; so are 2 other files"):
+    with pytest.raises(UserError, match=r"x0\.jpg is not a readable .*; 2 more cannot be read"):
         check_headers(load_data(str(flowers)))
 
 

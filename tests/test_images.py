@@ -403,7 +403,7 @@ FOLDERS = {  # change of the folder: (exit status, message)
     one_test_image_a_class: (0, "no retrieval"),
     one_class: (0, "linear top-1"),
     unusual_names: (0, "linear top-1"),
-    lambda data: shutil.rmtree(data / "test"): (0, "will not be evaluated: "),
+    lambda data: shutil.rmtree(data / "test"): (0, "evaluation skipped: "),
     lambda data: drop(data): (2, "valid file"),
     lambda data: shutil.rmtree(data / "test" / "class 1"): (2, "same classes"),
 }

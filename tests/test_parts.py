@@ -176,7 +176,7 @@ def test_parts_command_on_a_run(few_birds, capsys, monkeypatch):
     evaluation.main(["export", "run", "--out", "weights.pth", "--device", "cpu"])
     parts.main(["weights.pth", "--data", "synthetic", "--device", "cpu", "--workers", "0"])
     assert "published" in capsys.readouterr().out and Path("parts.png").is_file()
-    with pytest.raises(UserError, match="parts.png is there already"):
+    with pytest.raises(UserError, match="parts.png already exists"):
         parts.main(["weights.pth", "--data", "synthetic", "--device", "cpu"])
 
 

@@ -20,8 +20,8 @@ import parts
 import tables
 import train
 from data.datasets import NAMES
-from lodisc import (ARCHITECTURES, IMPORTANCES, LOCAL_INPUTS, MASKS, METHODS, LoDisc, LoDiscOutput,
-                    MoCoV3, create_vit)
+from lodisc import (ARCHITECTURES, IMPORTANCES, LOCAL_INPUTS, MASKS, METHODS, NORMALISATIONS,
+                    LoDisc, LoDiscOutput, MoCoV3, create_vit, mask_pixels)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path: path.read_text(encoding="utf-8") for path in (
@@ -47,6 +47,7 @@ WORDS = {"epoch", "step", *LoDiscOutput._fields, "loss", "lr", "images_per_secon
          "config", *LoDisc.OPTIONS, "encoder", "momentum_encoder",
          *inspect.signature(LoDisc.forward).parameters, "datasets",
          *ARCHITECTURES, *METHODS, *MASKS, *IMPORTANCES, *LOCAL_INPUTS, *NAMES, *train.WEIGHTS,
+         *NORMALISATIONS,
          *train.parse_args([])[1], *tables.TABLES, "class", "mean", "masks", "neighbours",
          "embed", "export", "features", "paths", "labels", "classes"}  # the last: in features.npz
 LEFT_BY_A_RUN = {"config.json", "metrics.csv", "checkpoint.pt", "eval.json", "per_image.json",
@@ -133,7 +134,8 @@ def test_names_exist(name):
 
 def test_names_of_libraries_do_not_count():
     assert exists("LoDisc.forward") and exists("location_mask()") and exists("Birds.regions")
-    for name in ("save", "Tensor", "nn", "LoDisc.sort", "Module", "einops", "rearrange"):
+    for name in ("stack", "optim.SGD", "save", "Tensor", "nn", "LoDisc.sort", "Module", "einops",
+                 "rearrange"):
         assert not exists(name), name
 
 
@@ -188,19 +190,27 @@ def test_commands_parse(line):
 
 @torch.no_grad()
 def test_shapes_match_the_model():
-    """Check the walk-through's shapes for the default run's batch."""
-    model = LoDisc(create_vit("vit_nano", 48, 8), hidden_dim=512, output_dim=128)
-    views = torch.randn(2, 128, 3, 48, 48)
-    key, mask = model.key_and_mask(views[0])
-    features, rows = model.encoder.with_attention(views[0], "row")
-    class_token, patches = model.encoder.tokens(views[0])
-    tokens = torch.cat([class_token[:, None], patches], dim=1)
-    tensors = {"views": views[0], "queries": model.query(views[0]), "keys": key, "row": rows[0],
-               "mask": mask, "local": model.local_key(views[0], mask), "tokens": tokens,
-               "features": features}
-    assert len(rows) == 4 and mask.sum(1).eq(10).all()
-    for name, tensor in tensors.items():
-        assert str(tuple(tensor.shape)) in README, name
+    """Check the shapes that the table of boxes gives in letters, and the default run's numbers."""
+    B, C, N, k, D, H, W = 6, 128, 36, 10, 96, 48, 48  # six images, for a B that is not C
+    assert f"| {train.RECIPES['birds']['batch_size']}, {C} |" in README
+    assert f"| {N} of 8 x 8 px, {k}, {D} |" in README
+    letters = {"B": B, "C": C, "N": N, "D": D, "H": H, "W": W}
+    model = LoDisc(create_vit("vit_nano", 48, 8), hidden_dim=512, output_dim=C)
+    view = torch.randn(B, 3, H, W)
+    key, mask = model.key_and_mask(view)
+    features, rows = model.encoder.with_attention(view, "row")
+    class_token, patches = model.encoder.tokens(view)
+    assert len(rows) == 4 and mask.sum(1).eq(k).all()
+    found = {"view x": [view], "encoder f_q": [torch.cat([class_token[:, None], patches], 1),
+                                               features],
+             "projector": [model.query(view)], "stop-gradient": [key], "attention of": [rows[0]],
+             "pivotal": [IMPORTANCES["product"].function(rows, None)], "location-wise": [mask],
+             "x' ⊙ mask": [mask_pixels(view, mask, 8)], "f_l": [model.local_key(view, mask)],
+             "contrastive": [model.query(view) @ key.T]}
+    for name, tensors in found.items():
+        row = re.search(rf"^\| {re.escape(name)}[^|]*\|[^|]*\|([^|]*)\|", README, re.M)
+        shapes = [eval(shape, letters) for shape in re.findall(r"\([^)]*\)", row.group(1))]
+        assert shapes == [tuple(tensor.shape) for tensor in tensors], name
 
 
 def test_python_blocks_run(few_birds, elsewhere, quick_probe):
@@ -231,3 +241,48 @@ def test_number_of_exercises():
     count = sum(len(names) for exercise, names in make.EXERCISES.items()
                 if exercise not in make.OPTIONAL)
     assert f"bodies of {['twelve', 'thirteen', 'fourteen'][count - 12]} functions" in README
+
+
+# --- short sentences --------------------------------------------------------------------------
+
+
+def paragraphs(text):
+    """Return the paragraphs and list items of a page outside headings, tables, code and folded
+    parts, links as their text."""
+    text = re.sub(r"<details>.*?</details>", "", FENCED.sub("\n", text), flags=re.S)
+    text = re.sub(r"^(\||#).*$", "", text, flags=re.M)
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)", "", text)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    parts = re.split(r"\n\s*\n|\n(?=- |\* |\d+\. )", text)
+    return [" ".join(part.split()) for part in parts if part.strip()]
+
+
+def sentences(paragraph):
+    return re.split(r"(?<=[.?!])\*{0,2} (?=[A-Z`*\d])", paragraph)
+
+
+def test_paragraphs_and_sentences_are_found():
+    page = ("# Title\nOne [link](a.md) here. Two\nlines, `a.b`!\n\n- **Three.** Four\n- five\n\n"
+            "| a | b |\n|---|---|\n```sh\npython\n```\n![alt](x.png)\n*Six.* Seven?\n"
+            "<details><summary>folded</summary>\n\nnever\n</details>\n")
+    found = paragraphs(page)
+    assert found == ["One link here. Two lines, `a.b`!", "- **Three.** Four", "- five",
+                     "*Six.* Seven?"]
+    assert [len(sentences(paragraph)) for paragraph in found] == [2, 2, 1, 2]
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 230
+    assert sum(len(paragraph.split()) for paragraph in paragraphs(README)) <= 2300
+    for paragraph in paragraphs(README):
+        assert len(paragraph.split()) <= 80, paragraph
+        for sentence in sentences(paragraph):
+            assert len(sentence.split()) <= 30, sentence
+
+
+def test_line_counts_are_those_of_the_files():
+    counts = re.findall(r"\[`([\w/]+\.py)`\]\([^)]*\), ([\d,]+) lines", README)
+    assert counts
+    for name, count in counts:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert len(lines) == int(count.replace(",", "")), name

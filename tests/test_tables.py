@@ -431,7 +431,7 @@ def test_chart_is_of_the_benchmark_on_all_data_sets(monkeypatch, capsys):
     tables.main(["chart"])
     assert list(seen["mAP"]) == ["CUB-200-2011"]
     assert capsys.readouterr().out.splitlines() == [
-        f"left out: {title}, which has not all rows of benchmark"
+        f"left out: {title}, which lacks rows of benchmark"
         for title in list(tables.CHART.values())[1:]]
 
 

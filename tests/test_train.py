@@ -85,7 +85,7 @@ def test_run_writes_checkpoint_metrics_and_results(flowers, capsys, quick_probe)
     image = next((flowers / "test").rglob("*.jpg"))
     evaluation.main(["masks", str(folder), str(image), "--out", "one.png"])
     assert Path("one.png").is_file()
-    with pytest.raises(UserError, match="one.png is there already"):
+    with pytest.raises(UserError, match="one.png already exists"):
         evaluation.main(["masks", str(folder), str(image), "--out", "one.png"])
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == before
 

@@ -1009,7 +1009,7 @@ def test_export_is_read_back_bit_equal(flowers, capsys):
     assert contents["config"] == dict(
         image_size=16, patch_size=8, dim=96, depth=4, heads=3, registers=0, eps=1e-6,
         mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD))
-    with pytest.raises(UserError, match="encoder.pth is there already"):
+    with pytest.raises(UserError, match="encoder.pth already exists"):
         evaluation.main(["export", "run", "--device", "cpu"])
     evaluation.main(["export", "run", "--momentum", "--out", "momentum.pth", "--device", "cpu"])
     images = torch.randn(2, 3, 16, 16)
@@ -1087,7 +1087,7 @@ def test_masks_of_a_weights_file(flowers, weights_file, capsys):
     assert "wrote masks.png" in capsys.readouterr().out
     with Image.open("masks.png") as sheet:
         assert sheet.size[1] > 3 * 128
-    with pytest.raises(UserError, match="masks.png is there already"):
+    with pytest.raises(UserError, match="masks.png already exists"):
         run_eval("masks", weights_file, image)
     run_eval("masks", weights_file, image, image, "--out", "two.png")
     run_eval("masks", weights_file, "--data", flowers, "--out", "eight.png")

@@ -3,9 +3,9 @@
     python tests/assignment/grade.py FOLDER ... > points.csv
 
 A folder must have lodisc.py. Only that file is taken from it: the graders are fresh ones. A kit
-made with --exercises is graded with the same. A student's code runs with your rights: grade in a
-container what you would not run. It runs in the graders' process, so a file that means to can
-give itself points: look at those with all of them."""
+made with --exercises is graded with the same. A student's code runs with your permissions:
+grade files that you do not trust in a container. It runs in the graders' process, so it can forge
+its points: read the files that have all of them."""
 
 import argparse
 import csv
@@ -62,8 +62,8 @@ def run_graders(folder, kit, timeout, exercise=""):
 
 
 def grade(folder, kit, possible, timeout):
-    """Return ({exercise: points}, note) of a submission. Where one exercise ends the process, or
-    has no end, each is run alone, so that it costs no other."""
+    """Return ({exercise: points}, note) of a submission. If one exercise ends the process, or
+    hangs, each is run alone, so that it costs no other points."""
     if not (folder / "lodisc.py").is_file():
         return {}, "no lodisc.py"
     stored, note = run_graders(folder, kit, timeout)

@@ -452,7 +452,7 @@ def test_loss_has_a_gradient_for_queries_alone():
     loss = loss_of(queries, keys, 0.2)
     assert loss.requires_grad, "the queries need a gradient"
     loss.backward()
-    close(queries.grad, EXPECTED["loss"]["gradient"], "the gradient to the queries is not whole")
+    close(queries.grad, EXPECTED["loss"]["gradient"], "the queries' gradient is incomplete")
     assert keys.grad is None or keys.grad.abs().sum() == 0, "the keys must get no gradient"
 
 

@@ -283,9 +283,9 @@ def main(argv=None):
     rate, speed = product_flops / whole["product"], flops["lodisc"] / whole["lodisc"]
     storing = passed["storing"] / passed["forward"] - 1
     print(f"\nlimit / step: {limit / whole['lodisc']:.3f}; the limit is the encoder's passes alone")
-    print(f"{flops['lodisc'] / 1e9:.1f} GFLOP a step, over MoCo v3's "
-          f"{flops['lodisc'] / flops['mocov3']:.3f}; {speed / 1e9:.1f} GFLOP/s, {speed / rate:.3f} "
-          f"of a large matrix product's {rate / 1e9:.0f}")
+    print(f"{flops['lodisc'] / 1e9:.1f} GFLOP a step, "
+          f"{flops['lodisc'] / flops['mocov3']:.3f} x MoCo v3's; {speed / 1e9:.1f} GFLOP/s, "
+          f"{speed / rate:.3f} of a large matrix product's {rate / 1e9:.0f}")
     print(f"storing the attention ({IMPORTANCES[model.importance].attention_kind}): {storing:+.1%} "
           "of a momentum pass")
     print(f"importance and mask of 256 images x {n} patches: {whole['mask'] * 1e3:.1f} ms; of both "
@@ -293,7 +293,7 @@ def main(argv=None):
     print(f"peak memory: {memory:.2f} GiB")
     rate, needed = input_rate(settings, dataset), batch / whole["lodisc"]
     bottleneck = "input" if rate < needed else "step"
-    print(f"input alone, {settings['workers']} workers: {rate:.1f} images/s, the step takes "
+    print(f"input alone, {settings['workers']} workers: {rate:.1f} images/s, the step needs "
           f"{needed:.1f}: the {bottleneck} is the bottleneck")
 
 

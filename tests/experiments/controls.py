@@ -17,7 +17,7 @@ from data.birds import BIRD
 from lodisc import (LoDisc, UserError, at_least_float32, box_mask, check_views, enlarge_box,
                     location_mask, mask_pixels, require)
 
-TIE = 1e-6  # what a distance of the view's width counts, less than a pixel's cover
+TIE = 1e-6  # weight of the distance in view widths: below one pixel's cover
 
 
 def patch_centres(num_patches: int) -> Tensor:
@@ -100,7 +100,7 @@ class Block(Control):
 
 
 class Centre(Control):
-    """The patches nearest to the view's centre; of boxes as near the upper, then the left."""
+    """The patches nearest to the view's centre; ties of boxes: the upper, then the left."""
 
     def key_and_mask(self, view, generator=None):
         importance = nearness(self.encoder.num_patches).to(view.device)
@@ -113,7 +113,7 @@ def box_side(num_patches: int, keep_ratio: float) -> int:
 
 
 class Anywhere(Control):
-    """The box at a random place of all its places in the grid, each as likely; without
+    """The box at a place drawn uniformly from all in the grid; without
     `--local-input crop` the patches nearest to its centre."""
 
     def key_and_mask(self, view, generator=None):

@@ -76,7 +76,7 @@ def measure(folder, workers=0):
     config = evaluation.current_config(encoder.config)
     test = load_data(config["data"], config["data_root"], held_out=config["held_out"]).test
     require(hasattr(test, "regions"), f"{config['data']} has no regions; the drawn birds and CUB "
-            "have", UserError)
+            "do", UserError)
     encoder = encoder.to(evaluation.pick_device(config["device"]))
     choose = box_mask if config["local_input"] == "crop" else location_mask
     return localisation(encoder, test, config["importance"], config["keep_ratio"], workers, choose)
@@ -301,7 +301,7 @@ def compare_all(args):
     if args.out:
         evaluation.picture_format(args.out)  # before it is drawn
     data, name = load_data(args.data, args.data_root).train, args.data
-    require(hasattr(data, "regions"), f"{name} has no regions; the drawn birds and CUB have",
+    require(hasattr(data, "regions"), f"{name} has no regions; the drawn birds and CUB do",
             UserError)
     device = evaluation.pick_device("auto")
     indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:args.images]
@@ -319,8 +319,8 @@ def compare_all(args):
             places = Places(data, points, indices, transforms[view], seed=0)
             by_view[view] = compare(encoder, places, args.workers, device)
         rows += rows_of(size, by_view)
-    print(f"{len(indices)} training images of {name}; mean ± half of the 95 % interval over images; "
-          f"{encoder.source}")
+    print(f"{len(indices)} training images of {name}; mean ± half of the 95 % interval over "
+          f"images; {encoder.source}")
     for size in dict.fromkeys(row.size for row in rows):
         count = (size // patch_size) ** 2
         box = box_side(count, KEEP_RATIO)

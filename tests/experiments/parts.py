@@ -111,7 +111,7 @@ def parse_args(argv=None):
     add("--shots", type=int, default=SHOTS, help="labelled images (default: %(default)s)")
     add("--data", help="a data set by name; default: the run's")
     add("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if any)")
-    add("--workers", type=int, default=default_workers(), help="loading processes; 0: none")
+    add("--workers", type=int, default=default_workers(), help="DataLoader workers; 0: none")
     add("--out", type=Path, help="a new file; default: parts.png in the run's folder")
     parser.set_defaults(what="parts", momentum=False, image_size=None, method=None, data_root=None,
                         features="class", heads=None, normalise=None)
@@ -126,7 +126,7 @@ def main(argv=None):
     evaluation.picture_format(path)  # before it is drawn
     data = evaluation.read_data(args, config)
     require(hasattr(data.train, "part_map"), f"--data {args.data} has no part maps; the drawn "
-            "birds have (--data synthetic)", UserError)
+            "birds do (--data synthetic)", UserError)
     require(2 <= args.shots <= len(data.train), f"--shots must be in [2, {len(data.train)}], got "
             f"{args.shots}", UserError)
     encoders = evaluation.compared_encoders(config, encoder)

@@ -257,8 +257,8 @@ def run(data, options, seed, root=None, init=None, more=False):
 
 
 def stored_before(data, identity, image_size):
-    """Return the metrics of raw pixels and of the initial weights, as a stored run with the same has
-    them; {} without one, or from scratch, where the initial weights depend on the seed."""
+    """Return the metrics of raw pixels and of the initial weights from a stored run of this identity
+    and size; {} without one, or from scratch, where the initial weights depend on the seed."""
     if identity.weights == SCRATCH:
         return {}
     for (_, other), record in stored(data).items():
@@ -538,7 +538,7 @@ def draw_chart(more_options):
         options = {row: words + more_options for row, words in TABLES["benchmark"].items()}
         whole = [rows for rows in records_of(data, options).values() if all(rows.values())]
         if not whole:
-            print(f"left out: {title}, which has not all rows of benchmark")
+            print(f"left out: {title}, which lacks rows of benchmark")
             continue
         rows = whole[-1]
         runs = {"initial weights": [record["metrics"]["initial"] for record in

@@ -1,4 +1,4 @@
-"""Print the points of the exercises, last. points.json has those that can be had."""
+"""Print the points of the exercises, last. points.json has the most that can be had."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 
 
 def write_points(config):
-    """Write the file of --points, at the start and after each grader: the next may have no end."""
+    """Write the file of --points, at the start and after each grader: the next may hang."""
     path = config.getoption("--points")
     if path:
         part = Path(f"{path}.part")
