@@ -54,7 +54,7 @@ LEFT_BY_A_RUN = {"config.json", "metrics.csv", "checkpoint.pt", "eval.json", "pe
                  "run.png", "masks.png", "neighbours.png", "parts.png", "features.npz",
                  "encoder.pth", "maps.pt"}
 FENCED = re.compile(r"^ *(```|~~~)(.*)\n((?:.*\n)*?) *\1", re.M)
-NO_NAME = (r"(DIR|RUN|FILE|WEIGHTS|FOLDER|OUT|NAME|CLASS|VALUE|PATH|forward|timm)\b|.*/$|"
+NO_NAME = (r"(beetles|DIR|RUN|FILE|WEIGHTS|FOLDER|OUT|NAME|CLASS|VALUE|PATH|forward|timm)\b|.*/$|"
            r"[a-z.]+\.(edu|org|gz)\b")
 
 
@@ -221,7 +221,9 @@ def test_python_blocks_run(few_birds, elsewhere, quick_probe):
     small = ["--image-size", "16", "--epochs", "1", "--batch-size", "100", "--device", "cpu",
              "--workers", "0"]
     train.main([*small, "--method", "mocov3", "--out", "run"])
-    evaluation.main(["embed", "run", "--data", "photos", "--out", "features.npz"])
+    Path("runs/beetles-lodisc-1").mkdir(parents=True)
+    evaluation.main(["embed", "run", "--data", "photos", "--out",
+                     "runs/beetles-lodisc-1/features.npz"])
     features, methods = [], []
     for i, block in enumerate(blocks):
         names = {}
