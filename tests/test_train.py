@@ -526,7 +526,7 @@ def test_help_has_all_options_and_the_authors_values(capsys):
         train.parse_args(["--help"])
     shown = capsys.readouterr().out
     assert "fraction of patches kept; authors: 0.3 (default: 0.3)" in " ".join(shown.split())
-    assert "Default None: by the recipe" in " ".join(shown.split())
+    assert "Default None: chosen by" in " ".join(shown.split())
     for flag in train.parse_args([])[1]:
         assert f"--{flag.replace('_', '-')} " in shown
 
