@@ -36,6 +36,7 @@ import train  # before torch, as it sets OMP_WAIT_POLICY
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 import eval as evaluation
@@ -524,10 +525,15 @@ def pictures(data, seed, root=None, init=None, more_options=()):
         cells = [f"{importance} {value:.3f}" for importance, value in fractions.items()]
         print(name.replace("\n", " "), *cells)
     page = draw_kept(images, encoders, config, tile=256, boxes=["LoDisc,\nbox"])
-    evaluation.save_picture(page, drawn / f"kept_{Path(data).name}.jpg")
-    path = drawn / f"neighbours_{Path(data).name}.jpg"
-    path.unlink(missing_ok=True)  # eval.py does not overwrite
+    save_photographs(page, drawn / f"kept_{Path(data).name}.jpg")
+    path = drawn / "neighbours.png"
     evaluation.main(["neighbours", str(folders["LoDisc,\nbox"]), "--out", str(path)])
+    save_photographs(Image.open(path), drawn / f"neighbours_{Path(data).name}.jpg")
+    path.unlink()
+
+
+def save_photographs(page, path):
+    page.save(path, quality=50, optimize=True, progressive=True)  # 1,200 px in less than 200 KB
 
 
 def draw_chart(more_options):
