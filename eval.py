@@ -905,7 +905,7 @@ def export(args, encoder, config):
     call = ("timm.models.VisionTransformer(img_size={image_size}, patch_size={patch_size}, "
             "embed_dim={dim}, depth={depth}, num_heads={heads}, num_classes=0" + timm_options + ")")
     print("for", call.format(**config))
-    print(f"wrote {path}")
+    print(f"wrote {path}, the weights under state_dict")
 
 
 def write_csv(file, features, paths, labels, classes):
@@ -977,7 +977,7 @@ def read_gallery(args, config):
         name_data(args, config)
         gallery = load_gallery(args.data, args.data_root)
         left_out = f"; left out: {gallery.left_out}" if gallery.left_out else ""
-        print(f"data: {len(gallery)} images of {len(gallery.classes)} classes{left_out}")
+        print(f"data: {len(gallery)} images of {len(gallery.classes) or 'no'} classes{left_out}")
         return gallery
     require(args.data is None, "give image files or --data, not both", UserError)
     for path in args.images:

@@ -43,8 +43,8 @@ class Data(NamedTuple):
         """Return a line on the images and classes."""
         test = "no" if self.test is None else len(self.test)
         classes = len(set(self.train.targets))
-        return (f"{len(self.train)} training images of {classes} classes, "
-                f"{test} test images{self.found}")
+        kinds = f"of {classes} classes" if classes > 1 else "without classes"
+        return f"{len(self.train)} training images {kinds}, {test} test images{self.found}"
 
 
 # --- image files and folders ------------------------------------------------------------------

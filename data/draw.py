@@ -132,7 +132,7 @@ def neighbour_sheet(queries, blocks, tile=96):
 
 
 def frame(pen, box, hit):
-    """Draw a frame inside box: blue with a tick for a hit, else red with a cross."""
+    """Draw a frame inside box: blue with a tick for a hit, else orange with a cross."""
     left, top, right, bottom = box
     colour = BLUE if hit else RED
     pen.rectangle(box, outline=colour, width=4)

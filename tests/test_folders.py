@@ -94,7 +94,8 @@ def test_folder_is_read_by_the_rule(tmp_path, name):
         assert data.test.classes == classes
     _, told, rest = data.describe().partition("; left out: ")
     assert rest == left_out and bool(told) == bool(left_out)
-    assert data.describe().startswith(f"{count} training images of {len(classes)} classes, "
+    kinds = f"of {len(classes)} classes" if len(classes) > 1 else "without classes"
+    assert data.describe().startswith(f"{count} training images {kinds}, "
                                       f"{test_count or 'no'} test images, in ")
 
 
