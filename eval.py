@@ -458,8 +458,8 @@ def load_method(name):
     if name in METHODS:
         return METHODS[name]
     path, _, class_name = name.rpartition(":")
-    require(Path(path).is_file(), f"--method {name}: no such method; expected FILE.py:CLASS, or "
-            f"{', '.join(METHODS)}", UserError)
+    require(Path(path).is_file(), f"--method {name}: no such method; expected "
+            f"{', '.join(METHODS)}, or FILE.py:CLASS, of a run where the file is now", UserError)
     spec = importlib.util.spec_from_file_location(f"method_{Path(path).stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     folder = str(Path(path).resolve().parent)
