@@ -212,8 +212,9 @@ def medians(rounds):
 
 def parse_args(argv=None):
     """Return (own options, train.py's settings on the command line, their defaults)."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10, help="measurements of each part (10)")
     args, rest = parser.parse_known_args(argv)
     return args, *train.parse_args(rest)
 
