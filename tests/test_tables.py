@@ -342,7 +342,7 @@ def test_table_of_seeds(monkeypatch, capsys):
     Path("drawn/pictures").mkdir(parents=True)
     tables.main(["pictures", "--seeds", "0"])
     pictures = {path.name: path for path in Path("drawn").rglob("*.*")}
-    assert sorted(pictures) == ["masks.png", "method.png"] and not begun
+    assert sorted(pictures) == ["masks.png", "method.png", "run.png"] and not begun
     assert all(path.stat().st_size < 200_000 for path in pictures.values())
     assert Image.open(pictures["method.png"]).width == 1200
     assert all(len(Image.open(path).getcolors()) > 20 for path in pictures.values())
