@@ -460,7 +460,7 @@ def test_existing_folder_is_not_overwritten(flowers):
     (["--hidden-dim", "0"], "--hidden-dim must be in [1, inf], got 0"),
     (["--output-dim", "0"], "--output-dim must be in [1, inf], got 0"),
     (["--lr", "-1"], "--lr"),
-    (["--method", "moco"], "expected FILE.py:CLASS, or lodisc"),
+    (["--method", "moco"], "expected lodisc, mocov3, or FILE.py:CLASS"),
     (["--method-option", "a=1"], "--method-option"),
     (["--epochs", "0"], "--epochs"),
     (["--seed", "-1"], "--seed"),
