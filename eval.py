@@ -761,9 +761,9 @@ def map_page(model, dataset, maps):
 
 
 def draw_masks(args, encoder, config, device):
-    """Draw the momentum encoder's pivotal patches, as the run's method returns them, or the
-    run's maps on training images. For data with regions, print and save where the patches of all test images
-    lie."""
+    """Draw the momentum encoder's pivotal patches, as the run's method returns them, or the run's
+    maps on training images. For data with regions, print and save where the patches of all test
+    images lie."""
     path = output_path(args, config, "masks.png")
     picture_format(path)  # before it is drawn
     model = load_masks_model(args, encoder, config).to(device).eval()

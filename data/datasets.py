@@ -221,8 +221,8 @@ def naming_dead_workers():
             raise
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"a DataLoader worker died ({reason}); if /dev/shm is too small, as "
-                        "Docker's 64 MB are, give --workers 0 or start the container with --shm-size=1g"
-                        ) from None
+                        "Docker's 64 MB are, give --workers 0 or start the container with "
+                        "--shm-size=1g") from None
 
 
 class Images(Dataset):

@@ -258,8 +258,8 @@ def run(data, options, seed, root=None, init=None, more=False):
 
 
 def stored_before(data, identity, image_size):
-    """Return the metrics of raw pixels and of the initial weights from a stored run of this identity
-    and size; {} without one, or from scratch, where the initial weights depend on the seed."""
+    """Return the metrics of raw pixels and of the initial weights from a stored run of this
+    identity and size; {} without one, or from scratch, where the initial weights depend on the seed."""
     if identity.weights == SCRATCH:
         return {}
     for (_, other), record in stored(data).items():
