@@ -33,7 +33,8 @@ def lines_of(text):
 def test_paired_difference():
     """By hand: differences 1, 2, 3; mean 2, standard error 1 / sqrt(3); t with 2 df is 4.303."""
     assert tables.difference([3.0, 4.0, 5.0], [2.0, 2.0, 2.0]) == "+2.000 [-0.484, +4.484]"
-    assert tables.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
+    assert tables.spread([0.1, 0.2, 0.3]) == "0.200 ± 0.100"
+    assert tables.spread([9.3, 10.9]) == "10"  # seconds
 
 
 def test_bootstrap_draws_seeds_and_queries_within_classes():
