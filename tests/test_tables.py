@@ -419,7 +419,7 @@ def test_chart_is_of_the_benchmark_on_all_data_sets(monkeypatch, capsys):
     for groups in seen.values():
         assert list(groups) == list(tables.CHART.values())
     bars = seen["mAP"]["cars98"]
-    assert list(bars) == ["initial weights", "MoCo v3", "LoDisc", "LoDisc, crop"]
+    assert list(bars) == ["initial weights", "MoCo v3", "LoDisc", "LoDisc, box"]
     assert bars["initial weights"] == (pytest.approx(0.1), 0)
     for place, name in enumerate(list(bars)[1:], start=3):
         mean, half = bars[name]  # of two values 0.02 apart: 12.706 times 0.01

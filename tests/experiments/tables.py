@@ -558,7 +558,7 @@ def draw_chart(more_options):
         rows = whole[-1]
         runs = {"initial weights": [record["metrics"]["initial"] for record in
                                     rows["mocov3"].values()]}
-        for row, name in (("mocov3", "MoCo v3"), ("lodisc", "LoDisc"), ("crop", "LoDisc, crop")):
+        for row, name in (("mocov3", "MoCo v3"), ("lodisc", "LoDisc"), ("crop", "LoDisc, box")):
             runs[name] = [record["metrics"] for record in rows[row].values()]
         for metric in results:
             part, key = COLUMNS[metric]
