@@ -109,7 +109,7 @@ TABLES = {
                "lodisc, 12 epochs": LONG, "crop, 12 epochs": [*CROP, *LONG],
                "mocov3, 50 epochs": [*MOCOV3, *LONGEST], "lodisc, 50 epochs": LONGEST,
                "crop, 50 epochs": [*CROP, *LONGEST]},
-    # test images: the authors' code with their recipe, with and without its local branch
+    # test images: the released code's method and recipe, 20 of its 100 epochs
     "released": {"released, local weight 0": [*RELEASED, "--local-weight", "0"],
                  "released": RELEASED},
     # test images, with fresh seeds
@@ -268,7 +268,8 @@ def run(data, options, seed, root=None, init=None, more=False):
 
 def stored_before(data, identity, image_size):
     """Return the metrics of raw pixels and of the initial weights from a stored run of this
-    identity and size; {} without one, or from scratch, where the initial weights depend on the seed."""
+    identity and size; {} without one, or from scratch, where the initial weights depend on the
+    seed."""
     if identity.weights == SCRATCH:
         return {}
     for (_, other), record in stored(data).items():
