@@ -59,6 +59,7 @@ RECIPES = {
 }
 MOVABLE = ("data", "data_root", "device", "workers", "init")  # settings that --resume may change
 BF16_WIDTH = 192  # smallest at which bfloat16 is faster on a CPU (tests/experiments/RESULTS.md)
+SILENCE = 30  # s that rank 0 has to print an error before the other ranks fail
 NEW_RUN = "runs/<data>-<method>-<n>"
 
 
@@ -217,7 +218,7 @@ class Log:
     def stop(reason):
         """End the run. All ranks have the same losses and weights; rank 0 prints the reason."""
         if dist.is_initialized() and dist.get_rank() > 0:
-            raise SystemExit(2)
+            end_silently()
         raise UserError(reason)
 
 
@@ -646,11 +647,24 @@ def start_processes():
     return dist.get_rank(), dist.get_world_size()
 
 
+def end_silently():
+    """End with status 2, on a rank above 0, for a mistake that rank 0 prints. As torchrun stops all
+    processes once one has failed, wait for it to stop this one, after rank 0 has printed."""
+    time.sleep(SILENCE)
+    raise SystemExit(2)
+
+
 def parse_args_once(argv):
     """Parse the arguments; only rank 0 prints errors."""
-    first = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
-    with redirect_stderr(sys.stderr if first else io.StringIO()):
+    if not dist.is_torchelastic_launched() or os.environ["RANK"] == "0":
         return parse_args(argv)
+    try:
+        with redirect_stderr(io.StringIO()):
+            return parse_args(argv)
+    except SystemExit as end:
+        if end.code:
+            end_silently()
+        raise
 
 
 def by_rank_0(work, rank, processes):
@@ -671,7 +685,7 @@ def by_rank_0(work, rank, processes):
     if mistake:
         raise mistake
     if not shared[0]:
-        raise SystemExit(2)
+        end_silently()
     return shared[0]["result"]
 
 

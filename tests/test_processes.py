@@ -70,6 +70,7 @@ def wait_for_rank_0(rank, folder):
     def fail():
         raise UserError("of rank 0")
 
+    train.SILENCE = 0
     results = [train.by_rank_0(work, rank, 2)]
     try:
         train.by_rank_0(fail, rank, 2)
@@ -239,7 +240,26 @@ def test_torchrun_resumes_bit_exactly_after_sigkill(method, flowers):
     assert not same(weights("one"), weights("whole"))
 
 
+@pytest.fixture
+def slow_words(tmp_path, monkeypatch):
+    """Let rank 0 take 3 s to print an error, in which torchrun would end it if another rank's
+    process had failed."""
+    (tmp_path / "sitecustomize").mkdir()
+    (tmp_path / "sitecustomize" / "sitecustomize.py").write_text("""
+import os, sys, time
+if os.environ.get("RANK") == "0":
+    write = sys.stderr.write
+    def slowly(text):
+        if text.startswith("train.py:"):
+            time.sleep(3)
+        return write(text)
+    sys.stderr.write = slowly
+""", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "sitecustomize"), prepend=os.pathsep)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("slow_words")
 def test_divergence_is_reported_once(flowers):
     done = subprocess.run([*TORCHRUN, "--data", flowers, *SMALL, "--workers", "0", "--lr", "1e30",
                            "--out", "run"], text=True, capture_output=True, timeout=200)
@@ -277,13 +297,14 @@ def test_default_batch_size_is_a_multiple_of_the_ranks(processes, images, batch_
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", [["--batch-size", "5"], ["--epochs", "many"],
                                      ["--resume", "missing"], ["--out", "flowers"]])
+@pytest.mark.usefixtures("slow_words")
 def test_mistake_is_printed_by_one_rank(flowers, mistake):
     options = ["--data", flowers, *SMALL]
     if mistake[0] == "--resume":
         options = []
     done = subprocess.run([*TORCHRUN, *options, *mistake], text=True, capture_output=True,
                           timeout=200)
-    assert done.returncode != 0 and files(".") == ["flowers"]
+    assert done.returncode != 0 and files(".") == ["flowers", "sitecustomize"]
     said = done.stderr.partition("torch/distributed/elastic")[0]  # torchrun's own report
     assert said.count("train.py: ") == 1 and "Traceback" not in said, said
     assert {"--resume": "missing: no such file"}.get(mistake[0], mistake[0]) in said
