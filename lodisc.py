@@ -546,7 +546,7 @@ def read_weights(path) -> dict:
     names = ("checkpoint.pt", "model.safetensors", "pytorch_model.bin")
     files = [file for file in (Path(path), *(Path(path, n) for n in names)) if os.path.isfile(file)]
     require(files, f"{path}: no such file; expected a checkpoint or weights, or a folder with one "
-            f"of {', '.join(names)}", UserError)
+            f"of {', '.join(names)} (in the Hub's cache: below snapshots/)", UserError)
     try:
         if files[0].suffix == ".safetensors":
             return read_safetensors(files[0].read_bytes())

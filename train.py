@@ -417,8 +417,8 @@ def method_options(texts):
 def load_init(settings):
     """Return the encoder of --init, or None; the other settings must not contradict it."""
     if settings["init"] == "none":
-        for name in ("heads", "normalise"):
-            require(settings[name] is None, f"{flag(name)} is for --init", UserError)
+        for name, unset in (("heads", None), ("normalise", None), ("init_momentum", False)):
+            require(settings[name] is unset, f"{flag(name)} is for --init", UserError)
         return None
     settings["init"] = weights_file(settings["init"])
     encoder = load_encoder(settings["init"], settings["init_momentum"], None, settings["heads"],

@@ -642,6 +642,8 @@ def load_data(name, root="datasets", download=False, held_out=False):
     held_out: train on four fifths of every class's training images and test on the others; the
     real test images are not opened. For choosing settings. Raises UserError."""
     SIXTEEN_BIT.update(greatest=0, said=False)
+    require(not download or name in NAMED, f"--download is for --data {', '.join(NAMED)}, not "
+            f"{name}: leave it out", UserError)
     if name == "synthetic":
         data = Data(Birds("train", 2000), Birds("test", 1000))
     elif name not in NAMED:
@@ -658,7 +660,8 @@ def load_data(name, root="datasets", download=False, held_out=False):
         return data
     require(len(set(data.train.targets)) > 1,
             f"--held-out needs classes: {data.note or 'there is only one'}", UserError)
-    return Data(*hold_out(data.train), "", data.found)
+    found = f", held out of the training images{data.found}"
+    return Data(*hold_out(data.train), "", found)
 
 
 def shuffled_by_class(targets, seed=0):

@@ -340,6 +340,15 @@ def test_held_out_is_a_fifth_of_each_class_of_a_folder(flowers):
     again = load_data(str(flowers), held_out=True)
     assert again.test.indices == held.test.indices
     assert held.test.indices != [0, 1, 12, 13, 24, 25]  # drawn, not the first of each class
+    assert held.describe() == ("30 training images of 3 classes, 6 test images, held out of the "
+                               f"training images, in {flowers}")
+
+
+@pytest.mark.parametrize("name", ["synthetic", "flowers"])
+def test_download_is_for_named_data_sets(flowers, name):
+    name = name if name == "synthetic" else str(flowers)
+    with pytest.raises(UserError, match=f"--download is for --data flowers17, .*, not {name}: "):
+        load_data(name, download=True)
 
 
 def test_held_out_opens_no_test_image_of_a_named_data_set(cub):

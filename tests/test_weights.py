@@ -935,7 +935,7 @@ def test_config_has_the_sizes_of_a_bare_file():
     assert train.build_model(config).encoder.blocks[0].attn.heads == 2
     config = chosen_config("--init", "bare.pth", "--heads", "4", "--normalise", "half")
     assert config["heads"] == 4 and config["mean"] == config["std"] == [0.5, 0.5, 0.5]
-    for options in (["--heads", "4"], ["--normalise", "clip"]):
+    for options in (["--heads", "4"], ["--normalise", "clip"], ["--init-momentum"]):
         with pytest.raises(UserError, match=f"{options[0]} is for --init"):
             chosen_config(*options)
 
