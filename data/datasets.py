@@ -641,9 +641,9 @@ def load_data(name, root="datasets", download=False, held_out=False):
 
     held_out: train on four fifths of every class's training images and test on the others; the
     real test images are not opened. For choosing settings. Raises UserError."""
-    SIXTEEN_BIT.update(greatest=0, said=False)
     require(not download or name in NAMED, f"--download is for --data {', '.join(NAMED)}, not "
             f"{name}: leave it out", UserError)
+    SIXTEEN_BIT.update(greatest=0, said=False)
     if name == "synthetic":
         data = Data(Birds("train", 2000), Birds("test", 1000))
     elif name not in NAMED:

@@ -118,6 +118,17 @@ def test_centre_is_around_the_middle(local_input, kept):
         assert line.min() >= 1 and line.max() <= 5
 
 
+def test_box_is_that_of_crop_at_its_own_scale():
+    model, crop, (view, _) = tiny("Box"), tiny("LoDisc", local_input="crop"), views()
+    key, mask = model.key_and_mask(view)
+    theirs, mask_of_crop = crop.key_and_mask(view)
+    assert torch.equal(mask, mask_of_crop) and torch.equal(mask, model.pivotal_patches(view))
+    assert torch.equal(key, theirs) and len(mask.unique(dim=0)) > 1
+    seen = mask_pixels(view, mask, 8)
+    assert torch.equal(model.local_key(view, mask), model.key(seen))
+    assert not torch.equal(model.local_key(view, mask), crop.local_key(view, mask))
+
+
 # --- the first principal component ------------------------------------------------------------
 
 

@@ -214,7 +214,8 @@ def own_store(monkeypatch):
 
 
 def test_held_out_tables_open_no_test_image(flowers, monkeypatch, capsys):
-    assert tables.HELD_OUT == ("recipe", "variants", "cvsa", "regions", "oracle", "length")
+    assert tables.HELD_OUT == ("recipe", "variants", "cvsa", "regions", "box", "oracle",
+                               "length")
     for path in (flowers / "test").rglob("*.jpg"):
         path.write_text("no image")
     monkeypatch.setitem(tables.TABLES, "recipe", {"mocov3": ["--method", "mocov3"]})

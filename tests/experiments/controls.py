@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.birds import BIRD
 from lodisc import (LoDisc, UserError, at_least_float32, box_mask, check_views, enlarge_box,
-                    location_mask, mask_pixels, require)
+                    location_mask, mask_pixels, patch_importance, require)
 
 TIE = 1e-6  # weight of the distance in view widths: below one pixel's cover
 
@@ -78,6 +78,18 @@ def block_mask(importance: Tensor, keep_ratio: float, generator=None) -> Tensor:
     horizontal = (patch % side + 0.5 - side * column).abs() * stretch
     distance = torch.maximum(vertical, horizontal)
     return location_mask(-distance, keep_ratio).to(importance.device, non_blocking=True)
+
+
+class Box(LoDisc):
+    """The box of `--local-input crop` where it is, with all else set to zero: the shape of that box
+    without the enlargement."""
+
+    OPTIONS = tuple(name for name in LoDisc.OPTIONS if name not in ("mask", "local_input"))
+    pivotal_mask = staticmethod(box_mask)
+
+    def key_and_mask(self, view, generator=None):
+        features, importance = patch_importance(self.momentum_encoder, view, self.importance)
+        return self.momentum_projector(features), box_mask(importance, self.keep_ratio)
 
 
 class Control(LoDisc):

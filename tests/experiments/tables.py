@@ -71,7 +71,7 @@ KEEP_01, KEEP_05, KEEP_07 = (["--keep-ratio", ratio] for ratio in ("0.1", "0.5",
 TOKENS, LAST = ["--local-input", "tokens"], ["--importance", "last"]
 BLUR = ["--method", f"{HERE}/tables.py:Blurred", "--method-option", "blur=True"]
 CONTROLS = {name: ["--method", f"{HERE}/controls.py:{name}"]
-            for name in ("Block", "Centre", "Anywhere", "FirstComponent", "Oracle", "Antioracle")}
+            for name in ("Block", "Box", "Centre", "Anywhere", "FirstComponent", "Oracle", "Antioracle")}
 # table: {row: options of train.py}; the others are compared with the first row
 TABLES = {
     "methods": {"mocov3": MOCOV3, "local alone": LOCAL, "lodisc": []},
@@ -98,6 +98,8 @@ TABLES = {
                 "crop": CROP, "crop anywhere": [*CONTROLS["Anywhere"], *CROP],
                 "crop at the centre": [*CONTROLS["Centre"], *CROP],
                 "crop, first component": [*CONTROLS["FirstComponent"], *CROP]},
+    # held out: the box's shape and its enlargement, one by one
+    "box": {"mocov3": MOCOV3, "lodisc": [], "box, the rest zero": CONTROLS["Box"], "crop": CROP},
     # held out, of data with regions: if it were told where the object is
     "oracle": {"mocov3": MOCOV3, "lodisc": [], "oracle": CONTROLS["Oracle"],
                "antioracle": CONTROLS["Antioracle"], "crop": CROP,
@@ -122,8 +124,8 @@ for trial in RECIPE_TRIALS:
     lr, crop, ema = trial.split()
     TABLES["recipe"][f"encoder-lr {lr}, crop-min {crop}, momentum {ema}"] = [
         *MOCOV3, "--encoder-lr", lr, "--crop-min", crop, "--momentum", ema]
-HELD_OUT = ("recipe", "variants", "cvsa", "regions", "oracle", "length")
-WITH_BOOTSTRAP = ("regions", "oracle", "length", "released", "benchmark")
+HELD_OUT = ("recipe", "variants", "cvsa", "regions", "box", "oracle", "length")
+WITH_BOOTSTRAP = ("regions", "box", "oracle", "length", "released", "benchmark")
 SCRATCH = "from scratch"
 COLUMNS = {name: place for name, place in evaluation.METRICS.items() if name != "top-5"}
 WHERE = {"on the bird": ("localisation", "object"), "on its parts": ("localisation", "parts"),
