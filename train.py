@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 
@@ -655,11 +655,11 @@ def end_silently():
 
 
 def parse_args_once(argv):
-    """Parse the arguments; only rank 0 prints errors."""
+    """Parse the arguments; only rank 0 prints errors, and the help."""
     if not dist.is_torchelastic_launched() or os.environ["RANK"] == "0":
         return parse_args(argv)
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             return parse_args(argv)
     except SystemExit as end:
         if end.code:

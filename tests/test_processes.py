@@ -310,6 +310,18 @@ def test_mistake_is_printed_by_one_rank(flowers, mistake):
     assert {"--resume": "missing: no such file"}.get(mistake[0], mistake[0]) in said
 
 
+@pytest.mark.parametrize("options, code", [(["--epochs", "many"], 2), (["--help"], 0)])
+def test_other_ranks_leave_the_words_and_the_time_to_rank_0(options, code, monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as by torchrun")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        train.main(options)
+    assert end.value.code == code and slept == ([train.SILENCE] if code else [])
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_image_that_one_rank_cannot_read_is_named_once(flowers, rank):
