@@ -58,6 +58,7 @@ def test_command_measures_the_momentum_encoder_of_a_run(few_birds, monkeypatch, 
     expected = localisation.localisation(load_encoder("run", use_momentum=True), Birds("test", 60),
                                          "last", 0.6)
     assert stored == expected and f"object{expected['object']:>14.2f}" in printed
+    assert printed.startswith("shown by the kept patches, over chance; most: by the best as many ")
 
 
 @pytest.mark.usefixtures("elsewhere")

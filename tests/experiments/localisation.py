@@ -350,6 +350,8 @@ def main(argv=None):
         return
     with torch.no_grad():
         metrics = measure(args.checkpoint, args.workers)
+    print("shown by the kept patches, over chance; most: by the best as many patches, fixed: by "
+          "the best of one mask for all images")
     for name, value in metrics.items():
         print(f"{name:<16}{value:.2f}")
     evaluation.save_results(args.checkpoint, {"momentum encoder": {"localisation": metrics}})
