@@ -1021,3 +1021,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         exit_with_line("eval.py", error)
+    except KeyboardInterrupt:
+        exit_with_line("eval.py", "interrupted")

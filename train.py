@@ -838,3 +838,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         exit_with_line("train.py", error)
+    except KeyboardInterrupt:  # while the arguments are parsed, or a second one
+        exit_with_line("train.py", "interrupted")

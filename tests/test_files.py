@@ -1,8 +1,11 @@
 """What a run leaves on the disk: whole files or none, also if two write at once or nothing fits."""
 
+import argparse
 import ast
+import gc
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -199,6 +202,19 @@ def test_mistake_is_printed_in_one_line(monkeypatch, capsys, text):
     monkeypatch.setattr(os, "_exit", codes.append)
     evaluation.exit_with_line("eval.py", UserError(text))
     assert capsys.readouterr().err == "eval.py: no such file: a b\n" and codes == [2]
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_interruption_that_nothing_handles_is_one_line(monkeypatch, capsys, script):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    codes = []
+    monkeypatch.setattr(argparse, "ArgumentParser", interrupt)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert capsys.readouterr().err == f"{script}: interrupted\n" and codes == [2]
 
 
 def test_picture_has_the_format_of_its_ending(tmp_path):

@@ -81,6 +81,9 @@ def wait_for_rank_0(rank, folder):
 
 def run_rank(rank, folder, data, port):
     options = {"rank": rank, "world_size": 2}
+    Path(folder, f"imported {rank}").touch()
+    while not all(Path(folder, f"imported {i}").exists() for i in (0, 1)):
+        time.sleep(0.01)  # imports may take more than a second longer in one, of the next timeout
     dist.init_process_group("gloo", init_method=f"file://{folder}/first", **options,
                             timeout=timedelta(seconds=1))
     waited = wait_for_rank_0(rank, folder)
