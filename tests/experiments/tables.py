@@ -71,7 +71,8 @@ KEEP_01, KEEP_05, KEEP_07 = (["--keep-ratio", ratio] for ratio in ("0.1", "0.5",
 TOKENS, LAST = ["--local-input", "tokens"], ["--importance", "last"]
 BLUR = ["--method", f"{HERE}/tables.py:Blurred", "--method-option", "blur=True"]
 CONTROLS = {name: ["--method", f"{HERE}/controls.py:{name}"]
-            for name in ("Block", "Box", "Centre", "Anywhere", "FirstComponent", "Oracle", "Antioracle")}
+            for name in ("Block", "Box", "Centre", "Anywhere", "FirstComponent", "Oracle",
+                         "Antioracle")}
 # table: {row: options of train.py}; the others are compared with the first row
 TABLES = {
     "methods": {"mocov3": MOCOV3, "local alone": LOCAL, "lodisc": []},
